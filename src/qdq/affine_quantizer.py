@@ -1,0 +1,143 @@
+"""`AffineQuantizer`: the quantizer of one activation tensor of a captured graph, with one step size and zero point."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calib.collectors import HistogramCollector, RangeCollector
+from .calib.ranges import affine_range
+from .errors import CalibrationError, DataError
+from .functional import fake_quantize_affine
+from .kernels.reference import affine_parameters
+from .onnx_nodes import quantize_dequantize
+
+
+class AffineQuantizer(nn.Module):
+    """Fake quantization of one tensor: codes = clamp(round_half_to_even(x / step_size) + zero_point, lo, hi).
+
+    As ONNX defines QuantizeLinear followed by DequantizeLinear. Buffers: `step_size` (float32, 0-d, NaN until
+    calibrated) and `zero_point` (int32, 0-d). Gradients pass where x lies in the representable range (STE).
+
+    Args:
+        name: path in the model, for messages and for the exported file.
+        lo, hi: least and largest code.
+        symmetric: zero point 0 and a range [-amax, amax].
+        method: "max", "percentile", "mse" or "entropy".
+        percentile: share of values inside the range, in percent, for "percentile".
+    """
+
+    step_size: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        lo: int = 0,
+        hi: int = 255,
+        symmetric: bool = False,
+        method: str = "max",
+        percentile: float = 99.99,
+    ) -> None:
+        super().__init__()
+        self.name, self.lo, self.hi, self.symmetric = name, lo, hi, symmetric
+        self.method, self.percentile = method, percentile
+        self.enabled = True
+        self.calibrated = False
+        self.fixed = False
+        self.collector: HistogramCollector | RangeCollector | None = None
+        self.register_buffer("step_size", torch.tensor(math.nan))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The integer dtype that holds the codes."""
+        return torch.uint8 if self.lo >= 0 else torch.int8
+
+    def forward(self, x: Tensor, on_grid: bool = False) -> Tensor:
+        """Quantizes and dequantizes x, float32 of any shape, or collects it during calibration.
+
+        Args:
+            x: the tensor.
+            on_grid: x already holds values of this quantizer (an operation moved them), so that quantizing it again would
+                change nothing; only an exported file needs the nodes.
+
+        Raises:
+            CalibrationError: no range has been set.
+        """
+        if self.collector is not None:
+            if not on_grid:
+                self.collector.collect(x.detach())
+            return x
+        if not self.enabled:
+            return x
+        if not self.calibrated:
+            raise CalibrationError(
+                f"quantizer {self.name!r} has no range: it saw no data in calibration. Calibrate with data that reach this "
+                "part of the model, or keep it in float (Recipe.exclude)"
+            )
+        if torch.onnx.is_in_onnx_export():
+            return quantize_dequantize(x, self.step_size, self.zero_point.to(self.code_dtype), self.name)
+        if on_grid:
+            return x
+        return fake_quantize_affine(x, self.step_size, self.zero_point, self.lo, self.hi)
+
+    def start_collecting(self) -> None:
+        """From now on `forward` passes tensors on unchanged and collects what the method needs of them."""
+        if not self.fixed:
+            self.collector = RangeCollector() if self.method == "max" else HistogramCollector()
+
+    def check_finite(self) -> None:
+        """Raises:
+        DataError: the tensor held NaN or an infinite value in the data seen so far.
+        """
+        if self.collector is not None and self.collector.nonfinite:
+            raise DataError(
+                f"{self.collector.nonfinite} NaN or infinite values in the tensor of quantizer {self.name!r}, the first in "
+                "the order of the model: look at the data and at the operation before it"
+            )
+
+    def finish_collecting(self) -> None:
+        """Sets the range from what was collected. A quantizer that saw nothing stays uncalibrated."""
+        collector, self.collector = self.collector, None
+        if collector is None or collector.total == 0:
+            return
+        bits = round(math.log2(self.hi - self.lo + 1))
+        amin, amax = affine_range(
+            collector, self.method, bits, percentile=self.percentile, symmetric=self.symmetric
+        )
+        self.set_range(amin, amax)
+
+    def set_range(self, amin: float, amax: float) -> None:
+        """Sets step size and zero point for values from amin to amax; the range is extended to hold zero.
+
+        Raises:
+            CalibrationError: a bound is not finite, or amin is above amax.
+        """
+        if not (math.isfinite(amin) and math.isfinite(amax)) or amin > amax:
+            raise CalibrationError(f"quantizer {self.name!r}: range [{amin}, {amax}] is not a finite interval")
+        if self.symmetric:
+            bound = max(abs(amin), abs(amax), 2.0**-24)
+            step, zero = torch.tensor(bound / self.hi, dtype=torch.float32), torch.tensor(0)
+        else:
+            step, zero = affine_parameters(
+                torch.tensor(amin, dtype=torch.float64), torch.tensor(amax, dtype=torch.float64), self.lo, self.hi
+            )
+        self.step_size.copy_(step)
+        self.zero_point.copy_(zero)
+        self.calibrated = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.calibrated = bool(torch.isfinite(self.step_size))
+
+    def extra_repr(self) -> str:
+        """The range and where it came from, in one line."""
+        kind = "int8" if self.lo < 0 else "uint8"
+        if not self.calibrated:
+            return f"{kind}, not calibrated, method={self.method}"
+        step, zero = float(self.step_size), int(self.zero_point)
+        return f"{kind}, range=[{(self.lo - zero) * step:.4g}, {(self.hi - zero) * step:.4g}], zero_point={zero}"

@@ -1,0 +1,1 @@
+"""Analysis of quantized models: fidelity and latency."""

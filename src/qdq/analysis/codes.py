@@ -1,0 +1,115 @@
+"""Codes: every quantized tensor of a file, compared with its simulation on one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..affine_quantizer import AffineQuantizer
+from ..batches import Inputs
+from ..graph.record import record_of
+from ..kernels.reference import affine_quantize
+from ..onnx_nodes import QUANTIZER_KEY
+from .runtime import OnnxRuntimeRunner, existing_file
+
+# Above this size the file's weights may lie outside of it, and a copy with more outputs would double them in memory.
+LARGEST_FILE = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFidelity:
+    """One quantized tensor on one batch.
+
+    Attributes:
+        name: path of its quantizer.
+        share: share of codes that differ, 0 to 1.
+        max_difference: largest difference of two codes.
+        sqnr_db: of the dequantized values, simulation as reference.
+    """
+
+    name: str
+    share: float
+    max_difference: int
+    sqnr_db: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {100 * self.share:.4f} % differ, by {self.max_difference} at most, SQNR {self.sqnr_db:.1f} dB"
+
+
+def compare_codes(graph_module: fx.GraphModule, path: str | os.PathLike[str], inputs: Inputs) -> tuple[TensorFidelity, ...]:
+    """Compares the codes of every quantizer call; empty where the file is too large to be opened for it."""
+    path = existing_file(path)
+    if os.path.getsize(path) > LARGEST_FILE or os.path.exists(f"{path}.data"):
+        return ()
+    deployed = _deployed_codes(path, record_of(graph_module).contract.flatten(inputs))
+    simulated = _Codes(graph_module).codes_for(inputs)
+    zero_and_step = {n: m for n, m in graph_module.named_modules() if isinstance(m, AffineQuantizer)}
+    out = []
+    for name, calls in simulated.items():
+        found = deployed.get(name, [])
+        if len(found) != len(calls):
+            continue  # the runtime or the exporter merged calls: there is no telling which is which
+        for want, got in zip(calls, found, strict=True):
+            if want is not None and want.shape == got.shape:
+                out.append(_compare(name, want, got, zero_and_step[name]))
+    return tuple(out)
+
+
+def _compare(name: str, want: Tensor, got: Tensor, quantizer: AffineQuantizer) -> TensorFidelity:
+    difference = (got.double() - want.double()).abs()
+    signal = float((want.double() - float(quantizer.zero_point)).square().sum())
+    noise = float(difference.square().sum())
+    sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    share = float((difference > 0).double().mean()) if difference.numel() else 0.0
+    return TensorFidelity(name, share, int(difference.max()) if difference.numel() else 0, sqnr)
+
+
+class _Codes(fx.Interpreter):
+    """Runs the simulation and keeps the codes of every quantizer call (None for calls that only repeat values)."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.codes: dict[str, list[Tensor | None]] = {}
+
+    def codes_for(self, inputs: Inputs) -> dict[str, list[Tensor | None]]:
+        with torch.no_grad():
+            self.run(*record_of(self.module).contract.flatten(inputs), enable_io_processing=False)  # type: ignore[arg-type]
+        return self.codes
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(str(target))
+        if isinstance(module, AffineQuantizer):
+            repeated = bool(kwargs.get("on_grid"))
+            codes = None
+            if not repeated:
+                codes = affine_quantize(args[0], module.step_size, module.zero_point, module.lo, module.hi)
+            self.codes.setdefault(module.name, []).append(codes)
+        return super().call_module(target, args, kwargs)
+
+
+def _deployed_codes(path: str, inputs: list[Any]) -> dict[str, list[Tensor]]:
+    import onnx
+
+    model = onnx.load(path)
+    taps: list[tuple[str, str]] = []
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    for node in model.graph.node:
+        names = [p.value for p in node.metadata_props if p.key == QUANTIZER_KEY]
+        if node.op_type == "QuantizeLinear" and names:
+            taps.append((names[0], node.output[0]))
+            kind = types.get(node.input[2], onnx.TensorProto.UINT8)
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
+    own = len(model.graph.output) - len(taps)
+    runner = OnnxRuntimeRunner(model.SerializeToString())
+    arrays = [np.asarray(t.detach().cpu()) for t in inputs if isinstance(t, Tensor)]
+    results = runner(arrays)[own:]
+    out: dict[str, list[Tensor]] = {}
+    for (name, _), array in zip(taps, results, strict=True):
+        out.setdefault(name, []).append(torch.from_numpy(array))
+    return out

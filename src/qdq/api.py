@@ -1,0 +1,283 @@
+"""The public calls: each a page that reads as the recipe it is."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .analysis.fidelity import Agreement, Fidelity, compare
+from .analysis.latency import Speed, measure
+from .batches import Batches, Inputs, signature_of
+from .calibration import calibrate
+from .errors import DataError, QdqError, RecipeError
+from .export.lowering import lower
+from .export.onnx import check_writable, write_onnx
+from .graph.capture import capture
+from .graph.explanation import Explanation
+from .graph.fold import fold
+from .graph.insert import insert
+from .graph.place import place
+from .graph.record import KEY, InputContract, Record, record_of
+from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
+from .progress import track
+from .recipe import Recipe
+
+
+def quantize(
+    model: nn.Module,
+    batches: Any,
+    target: str | Target = "onnxruntime",
+    recipe: Recipe | None = None,
+    example_inputs: Any = None,
+    progress: bool = True,
+    *,
+    inputs_of: Callable[[Any], Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> fx.GraphModule:
+    """A calibrated, fake-quantized copy of a trained model: the simulation of its deployment.
+
+    Args:
+        model: float32; neither it nor its train/eval mode is changed. The copy computes as in eval mode.
+        batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword arguments), or a
+            callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
+            dropped; `((a, b), label)` and `({...}, label)` are unwrapped. One pass is made.
+        target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
+        recipe: None is `Recipe()`.
+        example_inputs: what the model is captured with, like one batch; None takes the first batch.
+        progress: whether progress bars are shown (on a terminal).
+        inputs_of: takes a batch and gives the model's inputs, where the rules above do not fit.
+        dynamic_shapes: as `torch.export.export` takes them; None makes dimension 0 of every input dynamic, "static"
+            nothing.
+
+    Returns:
+        A GraphModule with the model's own module and parameter names; `qdq.explain` says what was quantized.
+
+    Raises:
+        CaptureError: `torch.export` cannot capture the model.
+        DataError: no data, data of the wrong shape or with NaN.
+        RecipeError: unknown target, or a pattern of the recipe that matches nothing.
+        CalibrationError: a quantizer saw no data.
+    """
+    target = find_target(target)
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
+    _check_model(model)
+    signature = signature_of(model.forward)
+    data = batches if _is_runner(batches) else Batches(batches, signature, inputs_of)
+    example = _example(model, data, example_inputs, signature, inputs_of)
+
+    graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
+    contract = InputContract(graph_module.graph, signature, example)
+    names = tuple(_output_names(graph_module))
+    plan = place(graph_module.graph, target, recipe)
+    graph_module, explanation = insert(graph_module, plan, target, recipe)
+    graph_module.meta[KEY] = Record(
+        contract=contract,
+        output_names=names,
+        target=target,
+        recipe=recipe,
+        reduced_range=reduces_range(target, recipe.reduce_range),
+        explanation=explanation,
+        outputs=tuple(_output_quantizers(graph_module)),
+    )
+    calibrate(graph_module, data, progress)
+    return graph_module
+
+
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None, dynamic_shapes: Any = None) -> Path:
+    """Writes a quantized model as a Q/DQ ONNX file, or a float model as a float ONNX file.
+
+    Weights are stored as integers with DequantizeLinear. The file is checked and put in place at once.
+
+    Args:
+        model: what `quantize` returned; or any float module, with `example_inputs`.
+        path: of the file; its folder must exist.
+        example_inputs: of a float module: one batch (tensor, tuple or dict), with dimension 0 dynamic.
+        dynamic_shapes: of a float module, as for `quantize`.
+
+    Raises:
+        ExportError: the path cannot be written, or PyTorch's exporter does not know an operation.
+        CalibrationError: a quantizer has no range; all such are named.
+        RuntimeMissingError: the extra `onnx` is not installed.
+    """
+    path = Path(path)
+    check_writable(path)
+    _check_model(model)
+    metadata = {"producer": "qdq"}
+    if KEY not in getattr(model, "meta", {}):
+        if example_inputs is None:
+            raise QdqError(
+                f"model is a {type(model).__name__} that qdq.quantize did not make: to write it as float ONNX, pass "
+                "example_inputs"
+            )
+        model = _float_graph(model, example_inputs, dynamic_shapes)
+        opset = ONNXRUNTIME.opset
+    else:
+        target = record_of(model).target
+        opset = (target or ONNXRUNTIME).opset
+        if target is not None:
+            metadata["qdq.target"] = target.name
+    assert isinstance(model, fx.GraphModule)
+    record = record_of(model)
+    return write_onnx(lower(model), path, record.contract.names, list(record.output_names), opset, metadata)
+
+
+def verify(
+    qmodel: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Any,
+    *,
+    agreement: Agreement | None = None,
+    per_tensor: bool = False,
+    inputs_of: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> Fidelity:
+    """Runs an exported file in the target's runtime and compares it with its simulation.
+
+    Args:
+        qmodel: what `quantize` returned.
+        path: what `export_onnx` wrote from it.
+        batches: as for `quantize`.
+        agreement: takes the first output of simulation and file (tensors of one batch) and gives a share from 0 to 1; None
+            compares the argmax over the last axis.
+        per_tensor: whether printing the result lists every quantized tensor.
+        inputs_of, progress: as for `quantize`.
+
+    Returns:
+        The fidelity. A TensorRT file is run in ONNX Runtime, which executes the same Q/DQ definition.
+
+    Raises:
+        DataError: no data, or data or a file of another model.
+        ExportError: the file is missing or the runtime refuses it.
+    """
+    record = record_of(qmodel)
+    assert isinstance(qmodel, fx.GraphModule)
+    if _is_runner(batches):
+        return compare(qmodel, str(path), batches, agreement, per_tensor)
+    data = Batches(batches, record.contract.signature, inputs_of)
+    return compare(qmodel, str(path), track(data, "verifying", data.total, progress), agreement, per_tensor)
+
+
+def explain(qmodel: nn.Module) -> Explanation:
+    """Every tensor of a quantized model: quantized or not, by which rule, shared with whom, and why not if not."""
+    explanation = record_of(qmodel).explanation
+    assert explanation is not None
+    return explanation
+
+
+def benchmark(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    inputs: Any = None,
+    batch_size: int = 1,
+    threads: int | None = None,
+    rounds: int = 30,
+    progress: bool = True,
+) -> Speed:
+    """Times an ONNX file in ONNX Runtime, in turn with another one.
+
+    Args:
+        path, against: the files. Rounds of the two alternate; medians and the spread of their ratio are reported.
+        inputs: one batch: an array or tensor, a sequence of them in the order of the file's inputs, or a dict by name; None
+            draws normal values.
+        batch_size: of the values drawn.
+        threads: threads of one operation; None leaves it to the runtime.
+        rounds: how many, of about 50 ms a file each.
+        progress: whether a progress bar is shown (on a terminal).
+
+    Raises:
+        ExportError: a file is missing or the runtime refuses it.
+        DataError: inputs do not fit, or are needed because the file's shapes or dtypes do not tell them.
+    """
+    arrays = None if inputs is None else _arrays(inputs)
+    return measure(path, against, arrays, batch_size, threads, rounds, progress)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def _is_runner(batches: Any) -> bool:
+    return callable(batches) and not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__")
+
+
+def _example(
+    model: nn.Module, data: Any, example_inputs: Any, signature: Any, inputs_of: Callable[[Any], Any] | None
+) -> Inputs:
+    if example_inputs is not None:
+        return Batches([example_inputs], signature, inputs_of).first()
+    return data.first() if isinstance(data, Batches) else _first_call(model, data, signature)
+
+
+class _Seen(BaseException):
+    """Leaves a user's data function after its first call of the model; no `except Exception` in it stops that."""
+
+
+def _first_call(model: nn.Module, run: Callable[[nn.Module], None], signature: Any) -> Inputs:
+    """The inputs of the first call that a data function makes."""
+    seen: list[Inputs] = []
+
+    class Recorder(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            seen.append((bound.args, bound.kwargs))
+            raise _Seen
+
+    try:
+        run(Recorder())
+    except _Seen:
+        pass
+    if not seen:
+        raise DataError("the data function ran the model not once: it must call the model that it is given")
+    return seen[0]
+
+
+def _float_graph(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+    signature = signature_of(model.forward)
+    example = Batches([example_inputs], signature).first()
+    graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
+    graph_module.meta[KEY] = Record(
+        InputContract(graph_module.graph, signature, example), tuple(_output_names(graph_module))
+    )
+    return graph_module
+
+
+def _outputs(graph_module: fx.GraphModule) -> list[fx.Node]:
+    output = next(n for n in graph_module.graph.nodes if n.op == "output")
+    return [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
+
+
+def _output_names(graph_module: fx.GraphModule) -> list[str]:
+    spec = getattr(graph_module.graph._codegen, "pytree_info", None)
+    count = len(_outputs(graph_module))
+    names: list[str] = []
+    if spec is not None and spec.out_spec is not None:
+        with_paths = pytree.tree_leaves_with_path(pytree.tree_unflatten([0] * spec.out_spec.num_leaves, spec.out_spec))
+        names = ["_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p, _ in with_paths]
+    if len(names) != count or any(not n or n.isdigit() for n in names):
+        names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+    taken = {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"}
+    return [f"{n}_out" if n in taken else n for n in names]
+
+
+def _output_quantizers(graph_module: fx.GraphModule) -> list[str | None]:
+    return [str(n.target) if n.op == "call_module" else None for n in _outputs(graph_module)]
+
+
+def _arrays(inputs: Any) -> Sequence[np.ndarray]:
+    if isinstance(inputs, (Tensor, np.ndarray)):
+        inputs = [inputs]
+    if isinstance(inputs, dict):
+        inputs = list(inputs.values())
+    return [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in inputs]

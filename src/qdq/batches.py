@@ -1,0 +1,195 @@
+"""Calibration and verification data: any iterable of batches, bound to the signature of a model's `forward`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import DataError
+
+logger = logging.getLogger("qdq.batches")
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `forward` without annotations, so that it can be stored with a model."""
+    parameters = inspect.signature(forward).parameters.values()
+    return inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+
+
+class Batches:
+    """The batches of a user, each bound to `forward`: iterating gives `(args, kwargs)`.
+
+    A tensor is one positional argument, a mapping holds keyword arguments, and a tuple or list positional ones. Items of
+    a tuple beyond the parameters of `forward` (a label) are dropped, which is logged once; a tuple that fits is never
+    cut; `((a, b), label)` and `({...}, label)` are unwrapped. Numpy arrays become tensors.
+
+    Args:
+        data: iterable of batches. A one-shot iterator can be gone through once.
+        signature: of the model's `forward`.
+        inputs_of: takes a batch and gives the model's inputs (tensor, tuple or mapping), which must then fit exactly.
+
+    Raises:
+        DataError: `data` is no iterable of batches, holds none, or holds one that does not fit `forward`.
+    """
+
+    def __init__(
+        self, data: Any, signature: inspect.Signature, inputs_of: Callable[[Any], Any] | None = None
+    ) -> None:
+        if isinstance(data, (torch.Tensor, np.ndarray)):
+            raise DataError(f"batches is one array of shape {tuple(data.shape)}: pass a list of batches, such as [x]")
+        if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+            if not hasattr(data, "__getitem__") or isinstance(data, (str, bytes, Mapping)):
+                raise DataError(
+                    f"batches must be an iterable of tensors, tuples or dicts, not {type(data).__name__}; "
+                    "one dict of inputs is passed as [inputs]"
+                )
+        if inputs_of is not None and not callable(inputs_of):
+            raise DataError(f"inputs_of must be a callable that takes a batch, not {type(inputs_of).__name__}")
+        self._one_shot = isinstance(data, Iterator)
+        self._data = data
+        self._signature = signature
+        self._inputs_of = inputs_of
+        self._first: list[Inputs] = []
+        self._iterator: Iterator[Any] | None = None
+        self._count = 0
+        self._told = False
+        try:
+            self.total: int | None = len(data)
+        except TypeError:
+            self.total = None
+
+    def first(self) -> Inputs:
+        """The first batch, without losing it to a later iteration over a one-shot iterator."""
+        if not self._first:
+            self._iterator = iter(self._data)
+            self._first = [self._bind(self._next())]
+        return self._first[0]
+
+    def __iter__(self) -> Iterator[Inputs]:
+        yield self.first()
+        iterator = self._iterator
+        # A re-iterable source is asked anew each time; only a one-shot iterator continues where `first` stopped.
+        self._iterator = None
+        if iterator is None:
+            if self._one_shot:
+                raise DataError(
+                    "batches is a one-shot iterator (such as a generator) and has been consumed; a second pass needs "
+                    "data that can be gone through again: pass a list or a DataLoader"
+                )
+            iterator = iter(self._data)
+            next(iterator, None)
+        self._count = 1
+        for item in iterator:
+            bound = self._bind(item)
+            self._count += 1
+            yield bound
+
+    def _next(self) -> Any:
+        assert self._iterator is not None
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            hint = (
+                "; it is a one-shot iterator (such as a generator), which may have been consumed before: pass a list "
+                "or a DataLoader"
+                if self._one_shot
+                else ""
+            )
+            raise DataError(f"batches holds no batch{hint}") from None
+
+    def _bind(self, item: Any) -> Inputs:
+        if self._inputs_of is not None:
+            item = self._inputs_of(item)
+        try:
+            args, kwargs = self._split(item)
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise DataError(
+                f"batch {self._count} ({describe(item)}) does not fit forward{self._signature}: {error}; pass "
+                "inputs_of=callable to say which part of a batch the model takes"
+            ) from None
+        return tuple(_tensor(a) for a in bound.args), {k: _tensor(v) for k, v in bound.kwargs.items()}
+
+    def _split(self, item: Any) -> Inputs:
+        if isinstance(item, Mapping):
+            return (), dict(item)
+        if not isinstance(item, (tuple, list)):
+            return (item,), {}
+        items = tuple(item)
+        if self._inputs_of is not None:
+            return items, {}
+        inner = self._unwrapped(items)
+        if inner is not None:
+            if self._fits(items, {}):
+                raise DataError(
+                    f"batch {self._count} ({describe(item)}) fits forward{self._signature} in two ways, as it is and "
+                    "with its first item unwrapped; pass inputs_of=callable to say which part the model takes"
+                )
+            self._say("only the first item of each batch is passed to the model; the rest is taken for labels")
+            return inner
+        most = self._most()
+        if len(items) > most and not isinstance(items[0], (tuple, list, Mapping)):
+            self._say(
+                f"batches hold {len(items)} items and forward takes {most}: the last {len(items) - most} of each are "
+                "dropped (taken for labels)"
+            )
+            items = items[:most]
+        return items, {}
+
+    def _unwrapped(self, items: tuple[Any, ...]) -> Inputs | None:
+        if len(items) < 2:
+            return None
+        first = items[0]
+        if isinstance(first, Mapping) and self._fits((), dict(first)):
+            return (), dict(first)
+        if isinstance(first, (tuple, list)) and self._fits(tuple(first), {}):
+            return tuple(first), {}
+        return None
+
+    def _fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    def _most(self) -> int:
+        kinds = [p.kind for p in self._signature.parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return 1 << 30
+        return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+
+    def _say(self, message: str) -> None:
+        if not self._told:
+            logger.warning(message)
+            self._told = True
+
+
+def describe(value: Any) -> str:
+    """A short description of a batch for messages: types and shapes, no values."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{type(value).__name__}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(describe(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            raise DataError("a batch holds a numpy array of objects: convert it to numbers of one dtype")
+        return torch.from_numpy(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_tensor(v) for v in value) if type(value) in (tuple, list) else value
+    if isinstance(value, dict):
+        return {k: _tensor(v) for k, v in value.items()}
+    return value

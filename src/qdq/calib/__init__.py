@@ -1,0 +1,17 @@
+"""Calibration: collectors (what was seen) apart from solvers (which amax follows)."""
+
+from __future__ import annotations
+
+from .collectors import HistogramCollector, RangeCollector
+from .ranges import affine_range, channel_mse_amax
+from .solvers import entropy_amax, mse_amax, percentile_amax
+
+__all__ = [
+    "HistogramCollector",
+    "RangeCollector",
+    "affine_range",
+    "channel_mse_amax",
+    "entropy_amax",
+    "mse_amax",
+    "percentile_amax",
+]

@@ -1,0 +1,113 @@
+"""Quantizers of what a deployed file stores as integers: weights, and the biases of integer operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .calib.ranges import channel_mse_amax
+from .functional import fake_quantize_affine
+from .kernels.reference import affine_quantize
+
+TINY_AMAX = 2.0**-24
+# Half of int32: the other half is left to the sum of products that the bias is added to.
+BIAS_CODE_LIMIT = 2**30
+
+
+class WeightQuantizer(nn.Module):
+    """Symmetric fake quantization of a weight, with one step size per channel or one for the tensor.
+
+    codes = clamp(round_half_to_even(w / step_size), -bound, bound), bound = 2**(num_bits - 1) - 1. Buffer: `step_size`,
+    float32, of shape [channels] or 0-d.
+
+    Args:
+        name: path in the model.
+        num_bits: 2 to 8.
+        axis: of the weight, the channels that have their own step size; None for one step size.
+        channels: size of that axis.
+    """
+
+    step_size: Tensor
+
+    def __init__(self, name: str, num_bits: int, axis: int | None, channels: int) -> None:
+        super().__init__()
+        self.name, self.num_bits, self.axis = name, num_bits, axis
+        self.enabled = True
+        self.register_buffer("step_size", torch.ones(()) if axis is None else torch.ones(channels))
+
+    @property
+    def bound(self) -> int:
+        """The largest code."""
+        return int(2 ** (self.num_bits - 1) - 1)
+
+    def fit(self, weight: Tensor, method: str) -> None:
+        """Sets the step sizes from a weight: amax / bound, with the amax of "max" or of least squared error ("mse")."""
+        weight = weight.detach()
+        if self.axis is None:
+            flat, axis = weight.reshape(1, -1), 0
+        else:
+            flat, axis = weight, self.axis
+        if method == "mse":
+            amax = channel_mse_amax(flat, axis, self.num_bits)
+        else:
+            amax = flat.abs().movedim(axis, 0).flatten(1).amax(1)
+        amax = amax.reshape(-1).clamp(min=TINY_AMAX)
+        self.step_size.copy_((amax / self.bound).reshape(self.step_size.shape))
+
+    def fit_bias(self, bias: Tensor, input_step: Tensor) -> None:
+        """Enlarges step sizes whose bias would not fit int32 (its step is input step x weight step)."""
+        least = bias.detach().abs().double() / (input_step.double() * BIAS_CODE_LIMIT)
+        if self.axis is None:
+            least = least.max()
+        least = least.float().nan_to_num().to(self.step_size.device)
+        self.step_size.copy_(torch.maximum(self.step_size, least.reshape(self.step_size.shape)))
+
+    def _step_for(self, weight: Tensor) -> Tensor:
+        if self.axis is None:
+            return self.step_size
+        shape = [1] * weight.dim()
+        shape[self.axis] = -1
+        return self.step_size.reshape(shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The fake-quantized weight, of the weight's shape."""
+        if not self.enabled:
+            return weight
+        step = self._step_for(weight)
+        return fake_quantize_affine(weight, step, torch.zeros_like(step), -self.bound, self.bound)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The int8 codes of a weight."""
+        step = self._step_for(weight)
+        return affine_quantize(weight.detach(), step, torch.zeros_like(step), -self.bound, self.bound).to(torch.int8)
+
+    def extra_repr(self) -> str:
+        """Bits and granularity in one line."""
+        per = "per tensor" if self.axis is None else f"axis={self.axis}, channels={self.step_size.numel()}"
+        return f"int8, {self.num_bits} bits, {per}"
+
+
+class BiasQuantizer(nn.Module):
+    """The bias of an integer operation as int32 codes of step input step x weight step, as the runtime stores it.
+
+    Args:
+        name: path in the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.enabled = True
+
+    def codes(self, bias: Tensor, input_step: Tensor, weight_step: Tensor) -> Tensor:
+        """int32 codes of a bias of shape [channels]."""
+        step = input_step.detach().double() * weight_step.detach().double()
+        return torch.round(bias.detach().double() / step).clamp(-BIAS_CODE_LIMIT, BIAS_CODE_LIMIT).to(torch.int32)
+
+    def forward(self, bias: Tensor, input_step: Tensor, weight_step: Tensor) -> Tensor:
+        """The bias that the runtime adds; the gradient passes unchanged."""
+        if not self.enabled:
+            return bias
+        step = input_step.detach().double() * weight_step.detach().double()
+        value = self.codes(bias, input_step, weight_step).double() * step
+        return bias + (value.to(bias.dtype) - bias).detach()

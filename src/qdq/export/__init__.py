@@ -1,0 +1,1 @@
+"""Export of captured graphs to ONNX files."""

@@ -1,0 +1,92 @@
+"""What a code can be: integers of n bits and the 8-bit and 4-bit floating-point formats, as data."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+MAX_INTEGER_BITS = 32
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Integer codes of ``num_bits`` bits.
+
+    ``bound`` is the code that amax maps to, ``2**(num_bits - 1 + unsigned) - 1``; codes lie in ``[lo, hi]``.
+    Where the formula gives no positive bound (0 bits, or 1 bit signed) the format is *degenerate*:
+    bound, lo and hi are 0 and every code is 0.
+
+    Raises:
+        TypeError: ``num_bits`` is not an integer.
+        ValueError: ``num_bits`` is negative or above 32.
+    """
+
+    num_bits: int = 8
+    unsigned: bool = False
+    narrow_range: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            bits = operator.index(self.num_bits)
+        except TypeError:
+            raise TypeError(f"num_bits must be an integer, got {self.num_bits!r}") from None
+        if not 0 <= bits <= MAX_INTEGER_BITS:
+            raise ValueError(f"num_bits must be between 0 and {MAX_INTEGER_BITS}, got {bits}")
+        object.__setattr__(self, "num_bits", bits)
+        object.__setattr__(self, "unsigned", bool(self.unsigned))
+        object.__setattr__(self, "narrow_range", bool(self.narrow_range))
+
+    @property
+    def magnitude_bits(self) -> int:
+        """Bits that hold the magnitude: all but the sign bit."""
+        return self.num_bits - 1 + self.unsigned
+
+    @property
+    def degenerate(self) -> bool:
+        """True where no code but 0 exists."""
+        return self.magnitude_bits <= 0
+
+    @property
+    def bound(self) -> int:
+        """The largest code; amax maps to it."""
+        return 0 if self.degenerate else 2**self.magnitude_bits - 1
+
+    @property
+    def hi(self) -> int:
+        """The largest code."""
+        return self.bound
+
+    @property
+    def lo(self) -> int:
+        """The smallest code."""
+        if self.unsigned or self.degenerate:
+            return 0
+        return -self.bound if self.narrow_range else -self.bound - 1
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A small floating-point format.
+
+    ``max_value`` is its largest finite value, ``min_exponent`` the exponent of its smallest normal number,
+    ``mantissa_bits`` the stored bits of the significand.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    max_value: float
+    min_exponent: int
+
+    @property
+    def num_bits(self) -> int:
+        """Width of a code, the sign bit included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+
+# OCP 8-bit Floating Point Specification (OFP8), revision 1.0, and OCP Microscaling Formats (MX), version 1.0.
+E4M3 = FloatFormat("E4M3", exponent_bits=4, mantissa_bits=3, max_value=448.0, min_exponent=-6)
+E5M2 = FloatFormat("E5M2", exponent_bits=5, mantissa_bits=2, max_value=57344.0, min_exponent=-14)
+E2M1 = FloatFormat("E2M1", exponent_bits=2, mantissa_bits=1, max_value=6.0, min_exponent=0)
+
+__all__ = ["E2M1", "E4M3", "E5M2", "FloatFormat", "IntFormat"]

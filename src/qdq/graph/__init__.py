@@ -1,0 +1,1 @@
+"""Model-level quantization: a captured graph, batch norms folded, quantizers placed on its tensors."""

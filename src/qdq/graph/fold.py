@@ -1,0 +1,212 @@
+"""Fold: batch norms into convolutions and linears, constant weights into parameters, and no-operations away."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .ops import WEIGHTED, Kind, is_constant, kind_of, value_of, weight_position
+
+aten = torch.ops.aten
+
+_ALIASES = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.lift_fresh_copy.default,
+    aten.feature_dropout.default,
+}
+_CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_CHECKS = {aten._assert_tensor_metadata.default}
+_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+
+
+def fold(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Simplifies a captured graph in place, without a change of its function beyond float rounding.
+
+    Copies and casts that change nothing go; weights that are expressions of parameters become parameters; a batch norm
+    that follows a convolution, transposed convolution or linear (whose output nothing else reads) is folded into its
+    weight and bias: w' = w * g / sqrt(v + eps), b' = (b - m) * g / sqrt(v + eps) + beta (Jacob et al. 2018, section 3.2).
+    """
+    _remove_aliases(graph_module)
+    _fold_constant_weights(graph_module)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is _BATCH_NORM:
+            _fold_batch_norm(graph_module, node)
+    graph_module.graph.eliminate_dead_code()
+    _remove_unused_parameters(graph_module)
+    graph_module.recompile()
+    return graph_module
+
+
+def _remove_aliases(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default  # without the copies, the strides that a view counts on are gone
+        if node.target in _CHECKS:
+            graph_module.graph.erase_node(node)
+        elif node.target in _ALIASES or (node.target in _CASTS and _same_dtype(node)):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+
+
+def _same_dtype(node: fx.Node) -> bool:
+    before = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    after = value_of(node)
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+
+
+def _fold_constant_weights(graph_module: fx.GraphModule) -> None:
+    """Weight norm, transposed or scaled weights: the expression is computed once, as deployment would."""
+    known: dict[fx.Node, str] = {}
+    for node in list(graph_module.graph.nodes):
+        positions = [p for p in (weight_position(node),) if p is not None]
+        candidates = [positions[0][0]] if positions else []
+        if kind_of(node) in WEIGHTED and len(node.args) > 2:
+            candidates.append(2)
+        for position in candidates:
+            operand = node.args[position]
+            if not isinstance(operand, fx.Node) or operand.op == "get_attr" or not is_constant(operand):
+                continue
+            if operand not in known:
+                source = next(n for n in _ancestors(operand) if n.op == "get_attr")
+                base = str(source.target).removesuffix(".original0").replace(".parametrizations", "")
+                known[operand] = add_parameter(graph_module, f"{base}_folded", _evaluate(graph_module, operand))
+            with graph_module.graph.inserting_before(node):
+                attribute = get_attribute(graph_module, known[operand], operand)
+            node.update_arg(position, attribute)
+    graph_module.graph.eliminate_dead_code()
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    out: list[fx.Node] = []
+    for source in node.all_input_nodes:
+        out += _ancestors(source)
+    return [*out, node]
+
+
+def _evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    if node.op == "get_attr":
+        return attribute(graph_module, str(node.target))
+    arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(graph_module, n))
+    with torch.no_grad():
+        return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+
+
+def _fold_batch_norm(graph_module: fx.GraphModule, norm: fx.Node) -> None:
+    layer = norm.args[0]
+    outputs = [u for u in norm.users if u.target is operator.getitem and u.args[1] == 0]
+    if not isinstance(layer, fx.Node) or len(outputs) != 1 or len(norm.users) != 1:
+        return
+    if kind_of(layer) not in WEIGHTED or len(layer.users) != 1 or weight_position(layer) is None:
+        return
+    weight_node, bias_node = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    if not isinstance(weight_node, fx.Node) or weight_node.op != "get_attr":
+        return
+    if kind_of(layer) is Kind.LINEAR and (value := value_of(layer)) is not None and value.dim() != 2:
+        return  # a batch norm over dimension 1 is then not over the linear's output features
+    gamma, beta, mean, variance = (_constant(graph_module, a) for a in norm.args[1:5])
+    epsilon = norm.args[6]
+    assert isinstance(epsilon, float) and mean is not None and variance is not None
+    weight = attribute(graph_module, str(weight_node.target)).double()
+    bias = _constant(graph_module, bias_node)
+    factor = (variance.double() + epsilon).rsqrt()
+    if gamma is not None:
+        factor = factor * gamma.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    shift = shift * factor + (0 if beta is None else beta.double())
+    if kind_of(layer) is Kind.TRANSPOSED_CONVOLUTION:
+        groups = _argument(layer, 6, "groups", 1)
+        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        folded = split * factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+        folded = folded.reshape(weight.shape)
+    else:
+        folded = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    with graph_module.graph.inserting_before(layer):
+        new_weight = _store(graph_module, weight_node, folded.float())
+        if isinstance(bias_node, fx.Node):
+            new_bias = _store(graph_module, bias_node, shift.float())
+        else:
+            path = str(weight_node.target).rpartition(".")[0]
+            name = add_parameter(graph_module, f"{path}.bias" if path else "bias", shift.float())
+            new_bias = get_attribute(graph_module, name, norm.args[3])  # type: ignore[arg-type]
+    arguments = list(layer.args) + [None] * (3 - len(layer.args))
+    arguments[1], arguments[2] = new_weight, new_bias
+    layer.args = tuple(arguments)
+    outputs[0].replace_all_uses_with(layer)
+    graph_module.graph.erase_node(outputs[0])
+    graph_module.graph.erase_node(norm)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _constant(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
+    return None if node is None else _evaluate(graph_module, node)
+
+
+def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> fx.Node:
+    """Puts a folded value under the node's own name, or under a new one where others read the old value too."""
+    name = str(node.target)
+    readers = [u for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == name for u in n.users]
+    if len(readers) == 1:
+        owner, _, leaf = name.rpartition(".")
+        module = graph_module.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        return node
+    return get_attribute(graph_module, add_parameter(graph_module, f"{name}_folded", value), node)
+
+
+def add_parameter(graph_module: fx.GraphModule, name: str, value: Tensor) -> str:
+    """Registers a parameter at a dotted path (made where it is missing), and returns the free name that it got."""
+    owner, _, leaf = name.rpartition(".")
+    module: nn.Module = graph_module
+    for part in owner.split(".") if owner else []:
+        if not isinstance(getattr(module, part, None), nn.Module):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    free, count = leaf, 1
+    while hasattr(module, free):
+        free, count = f"{leaf}_{count}", count + 1
+    module.register_parameter(free, nn.Parameter(value.detach().clone(), requires_grad=False))
+    return f"{owner}.{free}" if owner else free
+
+
+def get_attribute(graph_module: fx.GraphModule, name: str, like: fx.Node) -> fx.Node:
+    """A `get_attr` node for a parameter, at the graph's insertion point, with the meta data of a node like it."""
+    node = graph_module.graph.get_attr(name)
+    value = attribute(graph_module, name)
+    template = value_of(like)
+    mode = getattr(template, "fake_mode", None)
+    node.meta = {"val": mode.from_tensor(value) if mode is not None else value, "qdq_constant": True}
+    return node
+
+
+def attribute(graph_module: fx.GraphModule, name: str) -> Tensor:
+    """The tensor at a dotted path of the graph module."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), leaf).detach()
+
+
+def _remove_unused_parameters(graph_module: fx.GraphModule) -> None:
+    used = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    for path, module in list(graph_module.named_modules()):
+        prefix = f"{path}." if path else ""
+        for store in (module._parameters, module._buffers):
+            for name in [n for n in store if prefix + n not in used]:
+                del store[name]

@@ -1,0 +1,207 @@
+"""Insert: a placement becomes quantizer modules and their calls in the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..affine_quantizer import AffineQuantizer
+from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..recipe import Recipe
+from .explanation import Explanation, explain_plan
+from .fold import attribute
+from .ops import (
+    Kind,
+    bias_of,
+    data_inputs,
+    is_split,
+    kind_of,
+    module_path,
+    operation_name,
+    rank_of,
+    weight_position,
+)
+from .place import Plan, names_of
+from .targets import Target, reduces_range
+
+
+def insert(
+    graph_module: fx.GraphModule, plan: Plan, target: Target, recipe: Recipe
+) -> tuple[fx.GraphModule, Explanation]:
+    """Adds the quantizers of a placement to a graph module. Weights are fitted; activations are not calibrated.
+
+    Activation quantizers bear the name of the module whose tensor they quantize (`layer1.0.relu.output_quantizer`),
+    those of weights and biases the name of the parameter (`conv1.weight_quantizer`).
+
+    Returns:
+        The graph module, changed in place, and the explanation of every tensor.
+    """
+    insertion = _Insertion(graph_module, plan, target, recipe)
+    explanation = insertion.prepare()
+    insertion.edit()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module, explanation
+
+
+class _Insertion:
+    """Modules first, while the graph still is what the placement speaks of; then the edits."""
+
+    def __init__(self, graph_module: fx.GraphModule, plan: Plan, target: Target, recipe: Recipe) -> None:
+        self.graph_module, self.plan, self.target, self.recipe = graph_module, plan, target, recipe
+        self.graph = graph_module.graph
+        self.reduce = reduces_range(target, recipe.reduce_range)
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.sources = {tensor: self._source(tensor) for tensor in plan.tensors}
+        self.activations: dict[fx.Node, str] = {}
+        self.weights: dict[tuple[str, int], str] = {}
+        self.biases: dict[fx.Node, str] = {}
+
+    def prepare(self) -> Explanation:
+        for tensor in sorted(self.plan.tensors, key=self.order.__getitem__):
+            root = self.plan.root(tensor)
+            if root not in self.activations:
+                self.activations[root] = self._new_activation_quantizer(root)
+        parameters: dict[fx.Node, str | None] = {}
+        for node in self.plan.weighted:
+            key = self._weight_key(node)
+            if key not in self.weights:
+                self.weights[key] = self._new_weight_quantizer(node, key)
+            parameters[node.args[weight_position(node)[0]]] = self.weights[key]  # type: ignore[index]
+        for node in self.plan.operations if self.target.integer_bias else ():
+            bias = bias_of(node)
+            if bias is not None and bias.op == "get_attr" and self._has_integer_bias(node):
+                name = self._free(f"{bias.target}_quantizer")
+                self.graph_module.add_submodule(name, BiasQuantizer(name))
+                self.biases[node] = name
+                parameters[bias] = name
+        quantizers = {t: self.activations[self.plan.root(t)] for t in self.plan.tensors}
+        return explain_plan(self.graph, self.plan, self.target.name, quantizers, parameters)
+
+    def edit(self) -> None:
+        calls: dict[tuple[str, int], fx.Node] = {}
+        keys = {node: self._weight_key(node) for node in self.plan.weighted}
+        positions = {node: weight_position(node)[0] for node in self.plan.weighted}  # type: ignore[index]
+        readers = {
+            t: [u for u in t.users if self._reads_codes(u, t)] for t in self.plan.tensors
+        }
+        for tensor in self.plan.tensors:
+            self._call_activation(tensor, readers[tensor])
+        for node, key in keys.items():
+            parameter = node.args[positions[node]]
+            assert isinstance(parameter, fx.Node)
+            if key not in calls:
+                with self.graph.inserting_after(parameter):
+                    calls[key] = self.graph.call_module(self.weights[key], (parameter,))
+                calls[key].meta = dict(parameter.meta)
+            node.update_arg(positions[node], calls[key])
+        for node, name in self.biases.items():
+            self._call_bias(node, name)
+
+    def _call_activation(self, tensor: fx.Node, readers: list[fx.Node]) -> None:
+        arguments: dict[str, Any] = {} if self.sources[tensor] else {"on_grid": True}
+        with self.graph.inserting_after(tensor):
+            call = self.graph.call_module(self.activations[self.plan.root(tensor)], (tensor,), arguments)
+        call.meta = {k: v for k, v in tensor.meta.items() if k in ("val", "nn_module_stack")}
+        for reader in readers:
+            reader.replace_input_with(tensor, call)
+
+    def _call_bias(self, node: fx.Node, name: str) -> None:
+        source, weight, bias = node.args[:3]
+        assert isinstance(source, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node)
+        with self.graph.inserting_before(node):
+            input_step = self.graph.get_attr(f"{source.target}.step_size")
+            weight_step = self.graph.get_attr(f"{weight.target}.step_size")
+            call = self.graph.call_module(name, (bias, input_step, weight_step))
+        call.meta = dict(bias.meta)
+        node.update_arg(2, call)
+
+    def _weight_key(self, node: fx.Node) -> tuple[str, int]:
+        where = weight_position(node)
+        assert where is not None
+        return str(node.args[where[0]].target), where[1]  # type: ignore[union-attr]
+
+    def _new_weight_quantizer(self, node: fx.Node, key: tuple[str, int]) -> str:
+        descriptor = self.recipe.for_name(*names_of(node)).weights or self.recipe.weights
+        bits = int(descriptor.num_bits)  # type: ignore[arg-type]
+        if self.reduce and node in self.plan.operations:
+            bits = min(bits, 7)
+        value = attribute(self.graph_module, key[0])
+        name = self._free(f"{key[0]}_quantizer")
+        quantizer = WeightQuantizer(name, bits, None if descriptor.axis is None else key[1], value.shape[key[1]])
+        quantizer.fit(value, self.recipe.weight_calibration)
+        self.graph_module.add_submodule(name, quantizer)
+        return name
+
+    def _has_integer_bias(self, node: fx.Node) -> bool:
+        if kind_of(node) is Kind.CONVOLUTION:
+            return True
+        # A linear with more dimensions is a MatMul and an Add in ONNX, and the Add is computed in float.
+        return kind_of(node) is Kind.LINEAR and rank_of(node) == 2
+
+    def _reads_codes(self, reader: fx.Node, tensor: fx.Node) -> bool:
+        if tensor in self.plan.integer:
+            return reader.target is not torch.ops.aten.sym_size.int
+        return tensor in self.plan.operations.get(reader, [])
+
+    def _source(self, tensor: fx.Node) -> bool:
+        """Whether a tensor's values are new, and not moved from others of the same quantizer."""
+        if kind_of(tensor) not in (Kind.MOVE, Kind.CONCAT):
+            return True
+        root = self.plan.root(tensor)
+        inputs = data_inputs(tensor)
+        return not inputs or any(
+            (n not in self.plan.tensors and not is_split(n)) or self.plan.root(n) is not root for n in inputs
+        )
+
+    def _new_activation_quantizer(self, root: fx.Node) -> str:
+        members = [t for t in self.plan.tensors if self.plan.root(t) is root and self.sources[t]]
+        names = [name for t in [*members, root] for name in self._tensor_names(t)]
+        override = self.recipe.for_name(*names)
+        descriptor = override.activations or self.recipe.activations
+        lo, hi = self.target.activation_codes
+        name = self._free(self._name_for(min(members, key=self.order.__getitem__, default=root)))
+        quantizer = AffineQuantizer(
+            name,
+            lo,
+            hi,
+            symmetric=self.target.symmetric,
+            method=override.calibration or self.recipe.calibration,
+            percentile=float(self.recipe.percentile),
+        )
+        if isinstance(descriptor.amax, np.ndarray):
+            amax = float(descriptor.amax.item())
+            quantizer.set_range(0.0 if descriptor.unsigned else -amax, amax)
+            quantizer.fixed = True
+        self.graph_module.add_submodule(name, quantizer)
+        return name
+
+    def _tensor_names(self, tensor: fx.Node) -> tuple[str, ...]:
+        return (str(tensor.target),) if tensor.op == "placeholder" else names_of(tensor)
+
+    def _name_for(self, tensor: fx.Node) -> str:
+        if tensor.op == "placeholder":
+            return f"{tensor.target}_quantizer"
+        path = module_path(tensor)
+        stack = list((tensor.meta.get("nn_module_stack") or {}).values())
+        leaf = bool(stack) and str(stack[-1][1]).startswith("torch.nn.modules") and path
+        if leaf:
+            return f"{path}.output_quantizer"
+        return ".".join(p for p in (path, f"{operation_name(tensor)}_quantizer") if p)
+
+    def _free(self, name: str) -> str:
+        free, count = name, 1
+        while self._taken(free):
+            free, count = f"{name}_{count}", count + 1
+        return free
+
+    def _taken(self, name: str) -> bool:
+        module: Any = self.graph_module
+        for part in name.split("."):
+            module = getattr(module, part, None)
+            if module is None:
+                return False
+        return True

@@ -1,0 +1,242 @@
+"""Placement: which tensors of a graph are quantized, by which rule of the target, and which share a quantizer.
+
+Placement is decided here and carried out in `insert`. A tensor is *demanded* when an integer operation reads it. It is
+*integer* when it exists as codes alone, because the operation that computes it writes codes. Operations that
+move values pass codes on. Rules are applied until nothing changes; each pass can only add, so that it ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from ..errors import RecipeError
+from ..recipe import Recipe, matches
+from .ops import (
+    Kind,
+    data_inputs,
+    is_float,
+    is_split,
+    kind_of,
+    module_path,
+    operation_name,
+    weight_position,
+)
+from .targets import Rule, Target
+
+
+@dataclasses.dataclass
+class Plan:
+    """The placement of quantizers on a graph.
+
+    Attributes:
+        operations: quantized operation -> the tensors that it reads as codes.
+        weighted: operations whose weight is quantized.
+        tensors: quantized tensor -> why.
+        integer: tensors that exist as codes alone: every reader gets the quantized value.
+        group: quantized tensor -> the tensor whose quantizer it uses (itself, where it has its own).
+        floats: operation or tensor left in float -> why.
+    """
+
+    operations: dict[fx.Node, list[fx.Node]] = dataclasses.field(default_factory=dict)
+    weighted: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+    tensors: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+    integer: set[fx.Node] = dataclasses.field(default_factory=set)
+    group: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
+    floats: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The tensor whose quantizer `node` uses."""
+        while self.group.get(node, node) is not node:
+            node = self.group[node]
+        return node
+
+
+def place(graph: fx.Graph, target: Target, recipe: Recipe) -> Plan:
+    """Decides the placement for a folded graph.
+
+    Raises:
+        RecipeError: a pattern of the recipe matches nothing in the graph.
+    """
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    _check_patterns(graph, recipe)
+    attention = target.attention if recipe.attention is None else recipe.attention
+    return _Placement(nodes, target, recipe, attention).run()
+
+
+def names_of(node: fx.Node) -> tuple[str, ...]:
+    """The names by which a recipe may speak of an operation: its module, its parameters, its node in the graph."""
+    parameters = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    path = module_path(node)
+    return (*([path] if path else []), *parameters, node.name)
+
+
+def tail(node: fx.Node) -> fx.Node:
+    """The tensor that stands for a node's result: behind a clip that is the only reader of it, else the node itself.
+
+    A runtime fuses the clip into the operation before it, so the quantizer sits behind both.
+    """
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        if kind_of(reader) is not Kind.CLIP or reader.all_input_nodes[0] is not node:
+            break
+        node = reader
+    return node
+
+
+class _Placement:
+    def __init__(self, nodes: list[fx.Node], target: Target, recipe: Recipe, attention: bool) -> None:
+        self.nodes = nodes
+        self.target = target
+        self.recipe = recipe
+        self.plan = Plan()
+        self.wanted: set[fx.Node] = set()
+        self.rules: dict[fx.Node, Rule] = {}
+        for node in nodes:
+            rule = self._rule_for(node, attention)
+            if rule is not None:
+                self.rules[node] = rule
+
+    def run(self) -> Plan:
+        before = -1
+        while before != (before := self._size()):
+            self._find_wanted()
+            for node in self.nodes:
+                self._visit(node)
+        self._explain_floats()
+        return self.plan
+
+    def _size(self) -> int:
+        plan = self.plan
+        return len(plan.operations) + len(plan.tensors) + len(plan.integer) + len(plan.weighted)
+
+    def _rule_for(self, node: fx.Node, attention: bool) -> Rule | None:
+        kind = kind_of(node)
+        rule = self.target.rule(kind)
+        if rule is None or not (is_float(node) or is_split(node)):
+            return None
+        if not self.recipe.for_name(*names_of(node)).quantize:
+            self.plan.floats[node] = "the recipe keeps it in float"
+            return None
+        weighted = weight_position(node) is not None
+        if kind is Kind.MATMUL and not weighted and not attention:
+            self.plan.floats[node] = "product of two activations: in float unless the recipe sets attention=True"
+            return None
+        if kind in (Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION, Kind.LINEAR, Kind.EMBEDDING) and not weighted:
+            self.plan.floats[node] = "its weight is computed from data"
+            return None
+        return rule
+
+    def _find_wanted(self) -> None:
+        """Tensors that are demanded, themselves or behind operations that move their values."""
+        self.wanted = set()
+        for node in reversed(self.nodes):
+            for reader in node.users:
+                demanded = reader in self.plan.operations and node in self.plan.operations[reader]
+                if demanded or (kind_of(reader) in (Kind.MOVE, Kind.CLIP) and reader in self.wanted):
+                    self.wanted.add(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        rule = self.rules.get(node)
+        kind = kind_of(node)
+        if rule is None:
+            if kind is Kind.MOVE:
+                self._move(node)
+            return
+        if rule.role == "weight" or weight_position(node) is not None:
+            self.plan.weighted.setdefault(node, rule.note)
+        if rule.role == "compute":
+            self._quantize(node, rule, self._operands(node))
+        elif rule.role == "follow" and self._follows(node):
+            self._quantize(node, rule, self._operands(node))
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        inputs = [n for n in data_inputs(node) if is_float(n)]
+        if kind_of(node) is Kind.ADD and self.target.skip_only and len(inputs) == 2:
+            fused = [n for n in inputs if n in self.plan.operations and len(n.users) == 1 and n not in self.plan.tensors]
+            return [n for n in inputs if n is not fused[0]] if fused else inputs
+        return inputs
+
+    def _follows(self, node: fx.Node) -> bool:
+        inputs = data_inputs(node)
+        if kind_of(node) is Kind.CONCAT and len(inputs) != len(node.all_input_nodes):
+            return False
+        if not inputs:
+            return False
+        if all(n in self.plan.integer for n in inputs):
+            return True
+        return tail(node) in self.wanted and any(n in self.plan.tensors or self._near(n) for n in inputs)
+
+    def _near(self, node: fx.Node) -> bool:
+        """Whether a tensor comes from a quantized convolution through pointwise operations only."""
+        while True:
+            rule = self.rules.get(node)
+            if node in self.plan.integer or (node in self.plan.operations and rule is not None and rule.role == "follow"):
+                return True
+            kind = kind_of(node)
+            if kind is Kind.CONVOLUTION:
+                return node in self.plan.operations
+            inputs = data_inputs(node)
+            if kind not in (Kind.POINTWISE, Kind.CLIP, Kind.MOVE, Kind.GLOBAL_AVERAGE, Kind.AVERAGE_POOL) or len(inputs) != 1:
+                return False
+            node = inputs[0]
+
+    def _quantize(self, node: fx.Node, rule: Rule, operands: list[fx.Node]) -> None:
+        self.plan.operations[node] = operands
+        for operand in operands:
+            self.plan.tensors.setdefault(operand, f"read by {operation_name(node)} ({rule.note})")
+        result = tail(node)
+        if rule.output or rule.role == "follow":
+            self.plan.tensors.setdefault(result, f"written by {operation_name(node)} ({rule.note})")
+        if rule.output or (rule.role == "follow" and not self.target.skip_only):
+            self.plan.integer.add(result)
+        if rule.shared:
+            for operand in operands:
+                self._join(operand, result)
+
+    def _move(self, node: fx.Node) -> None:
+        source = node.all_input_nodes[0]
+        if source not in self.plan.integer:
+            return
+        self.plan.integer.add(node)
+        if is_split(node):
+            self.plan.group[node] = self.plan.root(source)
+            return
+        self.plan.tensors.setdefault(node, f"{operation_name(node)} moves the values of a quantized tensor")
+        self._join(node, source)
+
+    def _join(self, node: fx.Node, other: fx.Node) -> None:
+        first, second = self.plan.root(node), self.plan.root(other)
+        if first is not second:
+            self.plan.group[first] = second
+
+    def _explain_floats(self) -> None:
+        for node in self.nodes:
+            if node in self.plan.tensors or node in self.plan.floats or not is_float(node):
+                continue
+            result = tail(node)
+            kind = kind_of(node)
+            if result is not node and result in self.plan.tensors:
+                reason = f"quantized behind {operation_name(result)}, which the runtime fuses with it"
+            elif node in self.plan.operations:
+                reason = f"result of an integer {kind.value} that nothing reads as codes"
+            elif kind is Kind.OTHER:
+                reason = f"{self.target.name} has no rule for {operation_name(node)}: it stays in float"
+            elif self.target.rule(kind) is not None and kind in self.target_follow():
+                reason = f"{kind.value} in float: its neighbours are"
+            else:
+                reason = f"{kind.value} operation, and no integer operation reads it"
+            self.plan.floats[node] = reason
+
+    def target_follow(self) -> set[Kind]:
+        return {r.kind for r in self.target.rules if r.role == "follow"}
+
+
+def _check_patterns(graph: fx.Graph, recipe: Recipe) -> None:
+    names = {name for node in graph.nodes for name in names_of(node)}
+    names |= {str(n.target) for n in graph.nodes if n.op in ("get_attr", "placeholder")}
+    for pattern in recipe.patterns():
+        if not any(matches(pattern, name) for name in names):
+            known = sorted(n for n in names if "." in n and not n.endswith((".weight", ".bias")))[:8]
+            raise RecipeError(f"recipe pattern {pattern!r} matches no module of the model; modules are such as {known}")

@@ -1,0 +1,169 @@
+"""Targets: what each runtime executes in integers, as tables that can be checked against its documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ..cpuinfo import has_vnni
+from ..errors import RecipeError
+from .ops import Kind
+
+Role = Literal["compute", "follow", "weight"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of a target's table.
+
+    Attributes:
+        kind: the operations that the row is about.
+        role: "compute" operations are always quantized: they ask for quantized inputs (and a quantized weight). "follow"
+            operations run in integers where their neighbours do, and stay in float otherwise. "weight" operations
+            have a quantized weight and compute in float.
+        output: whether the runtime needs a quantized output to run the operation in integers.
+        shared: whether inputs and output share one quantizer.
+        note: what the runtime makes of it, in its own words for the operation.
+    """
+
+    kind: Kind
+    role: Role
+    note: str
+    output: bool = False
+    shared: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A runtime: how it lays out codes, and which operations it executes in integers.
+
+    Attributes:
+        name: as `qdq.quantize(..., target=name)` takes it.
+        unsigned, symmetric: codes of activations: uint8 with a zero point, or int8 with zero point 0.
+        rules: the table.
+        integer_bias: biases of integer convolutions and linears are int32 of step activation step x weight step.
+        skip_only: of a residual addition only the skip branch is quantized; the other stays fused with its layer.
+        attention: whether products of two activations are quantized by default.
+        opset: of the exported file.
+        reduce_range: 7-bit weights: "auto" where this machine's x86 processor has no VNNI, True or False.
+        reference: documentation that the table was read from.
+    """
+
+    name: str
+    unsigned: bool
+    symmetric: bool
+    rules: tuple[Rule, ...]
+    integer_bias: bool
+    skip_only: bool
+    attention: bool
+    reduce_range: bool | str
+    reference: str
+    opset: int = 21
+
+    def rule(self, kind: Kind) -> Rule | None:
+        """The row for a kind of operation, or None where the target leaves it in float."""
+        return next((r for r in self.rules if r.kind is kind), None)
+
+    @property
+    def activation_codes(self) -> tuple[int, int]:
+        """Least and largest code of an activation."""
+        return (0, 255) if self.unsigned else (-128, 127)
+
+
+_EMBEDDING = Rule(Kind.EMBEDDING, "weight", "rows are gathered as int8 and scaled by their row's step size")
+
+# The QDQ fusions of ONNX Runtime's CPU provider: a DequantizeLinear -> op -> QuantizeLinear group becomes one integer kernel.
+ONNXRUNTIME = Target(
+    name="onnxruntime",
+    unsigned=True,
+    symmetric=False,
+    rules=(
+        Rule(Kind.CONVOLUTION, "compute", "QLinearConv; needs a quantized output", output=True),
+        Rule(Kind.TRANSPOSED_CONVOLUTION, "weight", "no integer kernel: computed in float from int8 weights"),
+        Rule(Kind.LINEAR, "compute", "QGemm (2-d input) or MatMulIntegerToFloat"),
+        Rule(Kind.MATMUL, "compute", "MatMulIntegerToFloat"),
+        _EMBEDDING,
+        Rule(Kind.ADD, "follow", "QLinearAdd"),
+        Rule(Kind.MUL, "follow", "QLinearMul"),
+        Rule(Kind.CONCAT, "follow", "QLinearConcat; one range makes it a copy", shared=True),
+        Rule(Kind.AVERAGE_POOL, "follow", "QLinearAveragePool"),
+        Rule(Kind.GLOBAL_AVERAGE, "follow", "QLinearGlobalAveragePool"),
+    ),
+    integer_bias=True,
+    skip_only=False,
+    attention=False,
+    reduce_range="auto",
+    reference="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and "
+    "https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
+)
+
+OPENVINO = Target(
+    name="openvino",
+    unsigned=True,
+    symmetric=False,
+    rules=(
+        Rule(Kind.CONVOLUTION, "compute", "Convolution and GroupConvolution in int8"),
+        Rule(Kind.TRANSPOSED_CONVOLUTION, "compute", "ConvolutionBackpropData in int8"),
+        Rule(Kind.LINEAR, "compute", "MatMul in int8"),
+        Rule(Kind.MATMUL, "compute", "MatMul in int8"),
+        _EMBEDDING,
+        Rule(Kind.ADD, "follow", "Add with dequantization moved behind it"),
+        Rule(Kind.MUL, "follow", "Multiply with dequantization moved behind it"),
+        Rule(Kind.CONCAT, "follow", "Concat; inputs with one range stay in int8", shared=True),
+        Rule(Kind.AVERAGE_POOL, "follow", "AvgPool in int8"),
+        Rule(Kind.GLOBAL_AVERAGE, "follow", "ReduceMean in int8"),
+    ),
+    integer_bias=False,
+    skip_only=False,
+    attention=False,
+    reduce_range="auto",
+    reference="https://docs.openvino.ai/2024/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html "
+    "and the low precision transformations it names",
+)
+
+TENSORRT = Target(
+    name="tensorrt",
+    unsigned=False,
+    symmetric=True,
+    rules=(
+        Rule(Kind.CONVOLUTION, "compute", "IConvolutionLayer in int8"),
+        Rule(Kind.TRANSPOSED_CONVOLUTION, "compute", "IDeconvolutionLayer in int8"),
+        Rule(Kind.LINEAR, "compute", "IMatrixMultiplyLayer in int8"),
+        Rule(Kind.MATMUL, "compute", "IMatrixMultiplyLayer in int8"),
+        _EMBEDDING,
+        Rule(Kind.ADD, "follow", "fused into the convolution before it; the skip branch is quantized"),
+        Rule(Kind.CONCAT, "follow", "IConcatenationLayer; inputs share one scale", shared=True),
+        Rule(Kind.AVERAGE_POOL, "follow", "IPoolingLayer in int8"),
+        Rule(Kind.GLOBAL_AVERAGE, "follow", "IReduceLayer in int8"),
+    ),
+    integer_bias=False,
+    skip_only=True,
+    attention=False,
+    reduce_range=False,
+    reference="https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html",
+)
+
+TARGETS = {target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT)}
+
+
+def find_target(target: str | Target) -> Target:
+    """The target of that name (or the one given).
+
+    Raises:
+        RecipeError: no target bears the name; the known ones are listed.
+    """
+    if isinstance(target, Target):
+        return target
+    if target not in TARGETS:
+        raise RecipeError(f"unknown target {target!r}; known targets: {', '.join(TARGETS)}")
+    return TARGETS[target]
+
+
+def reduces_range(target: Target, asked: bool | str | None) -> bool:
+    """Whether weights take 7 bits: what the recipe asks, else the target's setting; "auto" looks at this processor.
+
+    x86 processors without VNNI multiply u8 by s8 and add two products in 16 bits, with saturation; a weight of 7 bits
+    cannot overflow them.
+    """
+    setting = target.reduce_range if asked is None else asked
+    return has_vnni() is False if setting == "auto" else bool(setting)
