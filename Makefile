@@ -9,7 +9,7 @@ PYTEST_FLAGS ?=
 CANDIDATES   := $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python)
 BIN          := $(VENV)/bin
 CODE         := src tests examples benchmarks
-PIP          := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
+PIP          := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types bench clean

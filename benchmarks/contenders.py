@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import torch
 from cases import Case, Run
 
@@ -49,33 +50,31 @@ def onnxruntime_contender(name: str, path: Path) -> Contender:
 
 
 def export_fp32(case: Case, path: Path) -> Path:
-    """The float model as ONNX, by qdq where it is installed, else by PyTorch's exporter alone."""
-    try:
-        from qdq import export_onnx
-    except ImportError:
-        return _torch_export(case, path)
-    if case.kind == "transformer" and len(case.timed) > 1:
-        # Two dynamic dimensions: the plain exporter takes them by name.
-        return _torch_export(case, path)
-    export_onnx(case.model, path, example_inputs=case.calibration[0])
-    return path
+    """The float model as ONNX, written by qdq: what every peer starts from."""
+    import qdq
+
+    return qdq.export_onnx(case.model, path, example_inputs=case.calibration[0], dynamic_shapes=_dynamic_shapes(case))
 
 
-def _torch_export(case: Case, path: Path) -> Path:
-    dynamic = tuple({axis: torch.export.Dim(label) for axis, label in axes.items()} for axes in case.dynamic)
+def torch_export_fp32(case: Case, path: Path) -> Path:
+    """The float model as ONNX, written by PyTorch's exporter alone."""
     program = torch.onnx.export(
         case.model,
         case.calibration[0],
         dynamo=True,
         opset_version=21,
         input_names=list(case.input_names),
-        dynamic_shapes=dynamic,
+        dynamic_shapes=_dynamic_shapes(case),
         verbose=False,
         report=False,
     )
     assert program is not None
     program.save(path, external_data=False)
     return path
+
+
+def _dynamic_shapes(case: Case) -> tuple[dict[int, Any], ...]:
+    return tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in case.dynamic)
 
 
 def quantize_static(
@@ -88,7 +87,7 @@ def quantize_static(
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.rest: Iterator[dict[str, np.ndarray]] = iter(_feeds(case))
+            self.rest: Iterator[dict[str, np.ndarray]] = iter(_feeds(case, fp32))
 
         def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
             return next(self.rest, None)
@@ -120,7 +119,7 @@ def nncf_contender(case: Case, fp32: Path, folder: Path) -> Contender:
     start = time.perf_counter()
     model = ov.convert_model(fp32)
     kind = nncf.ModelType.TRANSFORMER if case.kind == "transformer" else None
-    feeds = list(_feeds(case))
+    feeds = _feeds(case, fp32)
     quantized = nncf.quantize(
         model, nncf.Dataset(feeds), subset_size=len(feeds), model_type=kind, preset=nncf.QuantizationPreset.MIXED
     )
@@ -151,24 +150,23 @@ def qdq_contender(case: Case, path: Path, recipe: dict[str, Any]) -> Contender:
     import qdq
 
     start = time.perf_counter()
-    recipe = dict(recipe)
-    options: dict[str, Any] = {}
-    if any(set(axes) != {0} for axes in case.dynamic):
-        dim = torch.export.Dim.DYNAMIC
-        options["dynamic_shapes"] = tuple(dict.fromkeys(axes, dim) for axes in case.dynamic)
     model = qdq.quantize(
-        case.model, case.calibration, target="onnxruntime", recipe=qdq.Recipe(**recipe), progress=False, **options
+        case.model,
+        case.calibration,
+        target="onnxruntime",
+        recipe=qdq.Recipe(**recipe),
+        progress=False,
+        dynamic_shapes=_dynamic_shapes(case),
     )
     qdq.export_onnx(model, path)
     seconds = time.perf_counter() - start
     contender = onnxruntime_contender("qdq", path)
     contender.build_seconds = seconds
-    fidelity = qdq.verify(model, path, case.held_out[:4])
+    fidelity = qdq.verify(model, path, case.held_out[:4], progress=False)
     contender.extra.update(
         sqnr_simulation=fidelity.sqnr_db,
         max_step_difference=fidelity.max_step_difference,
         agreement=fidelity.agreement,
-        model=model,
     )
     return contender
 
@@ -180,8 +178,10 @@ def timed(build: Callable[[], Path]) -> tuple[Path, float]:
     return path, time.perf_counter() - start
 
 
-def _feeds(case: Case) -> list[dict[str, np.ndarray]]:
-    return [{n: t.numpy() for n, t in zip(case.input_names, batch, strict=True)} for batch in case.calibration]
+def _feeds(case: Case, fp32: Path) -> list[dict[str, np.ndarray]]:
+    """The calibration batches by the input names of the file."""
+    names = [entry.name for entry in onnx.load(fp32, load_external_data=False).graph.input]
+    return [{n: t.numpy() for n, t in zip(names, batch, strict=True)} for batch in case.calibration]
 
 
 def _size(path: Path) -> int:

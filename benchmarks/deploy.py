@@ -122,7 +122,7 @@ def _one_model(name: str, options: argparse.Namespace) -> tuple[dict[str, Result
                 result.scores = {score: task(contender.run) for score, task in case.tasks.items()}
             if contender.onnx_path is not None and key != "fp32":
                 result.operations = dict(optimised_graph.operations(contender.onnx_path))
-            result.extra = {k: v for k, v in contender.extra.items() if k != "model"}
+            result.extra = contender.extra
         fp32 = ready["fp32"].onnx_path
         assert fp32 is not None
         additions, convolutions = optimised_graph.residual_additions(fp32), optimised_graph.convolutions(fp32)
@@ -135,21 +135,31 @@ def _build_all(
     """Builds what can be built. Results of contenders that failed hold the error; the float model must work."""
     _progress(f"{case.name}: fp32")
     path = folder / "fp32.onnx"
-    contenders.export_fp32(case, path)
-    ready = {"fp32": contenders.onnxruntime_contender("fp32", path)}
     results = {"fp32": Result("fp32")}
+    try:
+        contenders.export_fp32(case, path)
+    except Exception as error:
+        # The peers can still be measured: only qdq's own export is at fault.
+        results["fp32 by qdq"] = Result("fp32 by qdq", error=_describe(error))
+        print(f"{case.name}: qdq.export_onnx of the float model FAILED: {_describe(error)}", flush=True)
+        contenders.torch_export_fp32(case, path)
+    ready = {"fp32": contenders.onnxruntime_contender("fp32", path)}
     for key, build in _builders(case, path, folder, options).items():
         _progress(f"{case.name}: {key}")
         results[key] = Result(key)
         try:
             ready[key] = build()
         except Exception as error:
-            logging.getLogger("deploy").debug("", exc_info=True)
-            if os.environ.get("DEPLOY_DEBUG"):
-                traceback.print_exc()
-            results[key].error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            results[key].error = _describe(error)
             print(f"{case.name}: {key} FAILED: {results[key].error}", flush=True)
     return ready, results
+
+
+def _describe(error: Exception) -> str:
+    """One line; with DEPLOY_DEBUG set, the traceback is printed as well."""
+    if os.environ.get("DEPLOY_DEBUG"):
+        traceback.print_exc()
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _builders(

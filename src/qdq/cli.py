@@ -76,11 +76,11 @@ def _start(
         typer.echo(f"qdq {qdq.__version__}")
         raise typer.Exit
     logger = logging.getLogger("qdq")
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    if verbose:
+        logger.setLevel(logging.INFO)
     for handler in [handler for handler in logger.handlers if isinstance(handler, _ToStderr)]:
         logger.removeHandler(handler)
-    logger.addHandler(_ToStderr())
-    logger.propagate = False
+    logger.addHandler(_ToStderr(logging.INFO if verbose else logging.WARNING))
     if not verbose:
         # Deprecations inside PyTorch and ONNX are for their developers; qdq's own warnings go through logging.
         warnings.simplefilter("ignore", DeprecationWarning)

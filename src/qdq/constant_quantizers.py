@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from .calib.ranges import channel_mse_amax
 from .functional import fake_quantize_affine
 from .kernels.reference import affine_quantize
+from .saturation import shrink_pairs
 
 TINY_AMAX = 2.0**-24
 # Half of int32: the other half is left to the sum of products that the bias is added to.
 BIAS_CODE_LIMIT = 2**30
+PAIR_CANDIDATES = 41
 
 
 class WeightQuantizer(nn.Module):
@@ -25,13 +27,16 @@ class WeightQuantizer(nn.Module):
         num_bits: 2 to 8.
         axis: of the weight, the channels that have their own step size; None for one step size.
         channels: size of that axis.
+        pairs_axis: output-channel axis, where neighbouring codes must not saturate (`qdq.saturation`); else None.
     """
 
     step_size: Tensor
 
-    def __init__(self, name: str, num_bits: int, axis: int | None, channels: int) -> None:
+    def __init__(
+        self, name: str, num_bits: int, axis: int | None, channels: int, pairs_axis: int | None = None
+    ) -> None:
         super().__init__()
-        self.name, self.num_bits, self.axis = name, num_bits, axis
+        self.name, self.num_bits, self.axis, self.pairs_axis = name, num_bits, axis, pairs_axis
         self.enabled = True
         self.register_buffer("step_size", torch.ones(()) if axis is None else torch.ones(channels))
 
@@ -41,7 +46,10 @@ class WeightQuantizer(nn.Module):
         return int(2 ** (self.num_bits - 1) - 1)
 
     def fit(self, weight: Tensor, method: str) -> None:
-        """Sets the step sizes from a weight: amax / bound, with the amax of "max" or of least squared error ("mse")."""
+        """Sets the step sizes from a weight: amax / bound, with the amax of "max" or of least squared error ("mse").
+
+        Where pairs must not saturate, larger step sizes are tried as well: fewer pairs are then shrunk.
+        """
         weight = weight.detach()
         if self.axis is None:
             flat, axis = weight.reshape(1, -1), 0
@@ -52,7 +60,23 @@ class WeightQuantizer(nn.Module):
         else:
             amax = flat.abs().movedim(axis, 0).flatten(1).amax(1)
         amax = amax.reshape(-1).clamp(min=TINY_AMAX)
+        self._set_amax(amax)
+        if self.pairs_axis is not None:
+            self._set_amax(self._search_pairs(weight, amax))
+
+    def _set_amax(self, amax: Tensor) -> None:
         self.step_size.copy_((amax / self.bound).reshape(self.step_size.shape))
+
+    def _search_pairs(self, weight: Tensor, amax: Tensor) -> Tensor:
+        """Per channel, the amax whose codes, pairs shrunk, have the least squared error; twice amax never shrinks any."""
+        best, least = amax, torch.full_like(amax, float("inf"))
+        for factor in torch.linspace(1.0, 2.0, PAIR_CANDIDATES).tolist():
+            self._set_amax(amax * factor)
+            squared = (self._dequantized(weight) - weight).square()
+            error = squared.sum() if self.axis is None else squared.movedim(self.axis, 0).flatten(1).sum(1)
+            error = error.reshape(-1)
+            best, least = torch.where(error < least, amax * factor, best), torch.minimum(error, least)
+        return best
 
     def fit_bias(self, bias: Tensor, input_step: Tensor) -> None:
         """Enlarges step sizes whose bias would not fit int32 (its step is input step x weight step)."""
@@ -74,17 +98,28 @@ class WeightQuantizer(nn.Module):
         if not self.enabled:
             return weight
         step = self._step_for(weight)
-        return fake_quantize_affine(weight, step, torch.zeros_like(step), -self.bound, self.bound)
+        fake = fake_quantize_affine(weight, step, torch.zeros_like(step), -self.bound, self.bound)
+        if self.pairs_axis is None:
+            return fake
+        return fake + (self._dequantized(weight) - fake).detach()
 
     def codes(self, weight: Tensor) -> Tensor:
         """The int8 codes of a weight."""
+        return self._codes(weight).to(torch.int8)
+
+    def _codes(self, weight: Tensor) -> Tensor:
         step = self._step_for(weight)
-        return affine_quantize(weight.detach(), step, torch.zeros_like(step), -self.bound, self.bound).to(torch.int8)
+        codes = affine_quantize(weight.detach(), step, torch.zeros_like(step), -self.bound, self.bound)
+        return codes if self.pairs_axis is None else shrink_pairs(codes, self.pairs_axis)
+
+    def _dequantized(self, weight: Tensor) -> Tensor:
+        return self._codes(weight) * self._step_for(weight)
 
     def extra_repr(self) -> str:
         """Bits and granularity in one line."""
         per = "per tensor" if self.axis is None else f"axis={self.axis}, channels={self.step_size.numel()}"
-        return f"int8, {self.num_bits} bits, {per}"
+        pairs = "" if self.pairs_axis is None else ", saturation-safe pairs"
+        return f"int8, {self.num_bits} bits, {per}{pairs}"
 
 
 class BiasQuantizer(nn.Module):

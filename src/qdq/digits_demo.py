@@ -6,6 +6,7 @@ that the network has the work of a small vision model. `examples/digits.py` is t
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 SIDE = 32
 EPOCHS = 4
 BATCH = 32
+LEARNING_RATE = 3e-3
+TRAIN_SECONDS = 45.0
 TEST_SHARE = 0.2
 CALIBRATION_IMAGES = 256
+ROUNDS = 30
 MIN_SQNR_DB = 30.0
 MAX_ACCURACY_LOSS = 0.01
 
@@ -86,23 +90,29 @@ def load_digits(seed: int = 0) -> Digits:
     return Digits(images[train], answers[train], images[test], answers[test])
 
 
-def train_network(digits: Digits, *, epochs: int = EPOCHS, seed: int = 0) -> DigitNet:
-    """Trains from random weights with AdamW and a one-cycle schedule; returns the network in evaluation mode."""
+def train_network(digits: Digits, *, epochs: int, seconds: float = TRAIN_SECONDS, seed: int = 0) -> DigitNet:
+    """Trains from random weights with AdamW; returns the network in evaluation mode.
+
+    The learning rate rises over the first tenth and falls along a cosine to zero, by the share of ``epochs`` or of
+    ``seconds`` that has passed, whichever is more: a busy machine trains less, but to the end of the schedule.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitNet().train()
         count = len(digits.train_images)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=3e-3, epochs=epochs, steps_per_epoch=-(-count // BATCH)
-        )
-        for _ in range(epochs):
-            for rows in torch.randperm(count).split(BATCH):
-                loss = F.cross_entropy(model(digits.train_images[rows]), digits.train_labels[rows])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        batches = [rows for _ in range(epochs) for rows in torch.randperm(count).split(BATCH)]
+        start = time.perf_counter()
+        for index, rows in enumerate(batches):
+            share = max(index / len(batches), (time.perf_counter() - start) / seconds)
+            if share >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * min(1.0, 10 * share + 0.01) * 0.5 * (1 + math.cos(math.pi * share))
+            loss = F.cross_entropy(model(digits.train_images[rows]), digits.train_labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
     return model.eval()
 
 
@@ -115,7 +125,7 @@ def accuracy(path: Path, images: torch.Tensor, labels: torch.Tensor) -> float:
     return (answers == labels).float().mean().item()
 
 
-def run(folder: Path, *, console: Console, seed: int = 0, epochs: int = EPOCHS) -> bool:
+def run(folder: Path, *, console: Console, seed: int = 0) -> bool:
     """The whole demo; writes two ONNX files into ``folder`` and prints what it does. True if the deployment held."""
     from qdq._cli import show
 
@@ -130,9 +140,9 @@ def run(folder: Path, *, console: Console, seed: int = 0, epochs: int = EPOCHS) 
         f"8x8 pixels enlarged to {SIDE}x{SIDE}",
     )
     start = time.perf_counter()
-    model = train_network(digits, epochs=epochs, seed=seed)
+    model = train_network(digits, epochs=EPOCHS, seed=seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    show.step(console, "train", f"{parameters:,} parameters, {epochs} epochs, {time.perf_counter() - start:.1f} s")
+    show.step(console, "train", f"{parameters:,} parameters, {time.perf_counter() - start:.1f} s")
 
     # From here on: the calls that a user would make.
     calibration = list(digits.train_images[:CALIBRATION_IMAGES].split(BATCH))
@@ -147,8 +157,8 @@ def run(folder: Path, *, console: Console, seed: int = 0, epochs: int = EPOCHS) 
     show.step(console, "export", f"{int8_file} and {float_file}")
     fidelity = qdq.verify(qmodel, int8_file, held_out, progress=False)
     show.step(console, "verify", "the file in ONNX Runtime against the simulation, on the held-out digits")
-    single = qdq.benchmark(int8_file, against=float_file, batch_size=1)
-    many = qdq.benchmark(int8_file, against=float_file, batch_size=64)
+    single = qdq.benchmark(int8_file, against=float_file, batch_size=1, rounds=ROUNDS, progress=False)
+    many = qdq.benchmark(int8_file, against=float_file, batch_size=64, rounds=ROUNDS, progress=False)
     show.step(console, "benchmark", "both files in ONNX Runtime, in turns\n")
 
     before = accuracy(float_file, digits.test_images, digits.test_labels)

@@ -64,15 +64,16 @@ class Recipe:
         exclude: patterns of modules to keep in float; short for overrides with `float`.
         attention: whether the two products of attention (matrix products of two activations) are quantized. None
             leaves it to the target.
-        reduce_range: 7-bit weights, for x86 processors whose u8 x s8 products saturate at 16 bits (no VNNI). None takes
-            the target's setting; "auto" looks at this machine's processor.
+        reduce_range: weights for x86 processors whose u8 x s8 products saturate at 16 bits (no VNNI): pairs of codes
+            that would are made smaller (onnxruntime), or all weights take 7 bits (openvino). None takes the target's
+            setting; "auto" looks at this machine's processor.
     """
 
     weights: QuantDescriptor = dataclasses.field(default_factory=_default_weights)
     activations: QuantDescriptor = dataclasses.field(default_factory=_default_activations)
     calibration: str = "mse"
     percentile: float = 99.99
-    weight_calibration: str = "mse"
+    weight_calibration: str = "max"
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     attention: bool | None = None

@@ -160,8 +160,8 @@ def test_empty_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("data.npy", "cannot be read as NumPy data"),
-        ("data.npz", "cannot be read as NumPy data|holds Python objects"),
+        ("data.npy", "is no NumPy file"),
+        ("data.npz", "is no NumPy file"),
         ("data.safetensors", "cannot be read as safetensors"),
         ("data.csv", r"give \.npy, \.npz"),
     ],
@@ -170,6 +170,13 @@ def test_damaged_and_unknown_files(tmp_path: Path, name: str, message: str) -> N
     path = tmp_path / name
     path.write_bytes(b"\x01\x02 nothing of the kind")
     with pytest.raises(UsageError, match=message):
+        batches(path)
+
+
+def test_truncated_array(tmp_path: Path) -> None:
+    path = npy(tmp_path, np.zeros((4, 4), np.float32))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UsageError, match="cannot be read as NumPy data"):
         batches(path)
 
 

@@ -146,9 +146,11 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _refused_arrays(path: Path, error: Exception) -> UsageError:
-    if "allow_pickle" in str(error):
-        return UsageError(f"{path} holds Python objects (a pickle), which qdq does not load; save plain number arrays")
-    return UsageError(f"{path} cannot be read as NumPy data: {' '.join(str(error).split())}")
+    text = " ".join(str(error).split())
+    if "allow_pickle" in text or "Python objects" in text:
+        # NumPy takes whatever it does not recognise for a pickle.
+        return UsageError(f"{path} is no NumPy file, or holds Python objects (a pickle), which qdq does not load")
+    return UsageError(f"{path} cannot be read as NumPy data: {text}")
 
 
 def _checked(array: Any, name: str, path: Path) -> np.ndarray:

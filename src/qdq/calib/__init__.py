@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from .collectors import HistogramCollector, RangeCollector
+from .histogram import HistogramCalibrator
+from .max import MaxCalibrator
 from .ranges import affine_range, channel_mse_amax
 from .solvers import entropy_amax, mse_amax, percentile_amax
 
 __all__ = [
+    "HistogramCalibrator",
     "HistogramCollector",
+    "MaxCalibrator",
     "RangeCollector",
     "affine_range",
     "channel_mse_amax",

@@ -7,16 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from .collectors import HistogramCollector, RangeCollector
-from .solvers import entropy_amax
 from ..formats import IntFormat
 from ..kernels.reference import affine_fake_quantize, affine_parameters, symmetric_scale
+from .collectors import HistogramCollector, RangeCollector
+from .solvers import entropy_amax
 
 METHODS = ("max", "percentile", "mse", "entropy")
 
 _JOINT_SHRINK = 2.0 ** (-torch.arange(128, dtype=torch.float64) / 16)  # 1 down to 1/245
 _FINE_SHRINK = torch.linspace(1.1, 0.7, 81, dtype=torch.float64)
 _ROUNDS = 2
+# Shrink factors of weights: the coarse step, and how many finer ones lie between two coarse ones.
+_COARSE, _FINE_STEPS = 0.05, 4
 # Elements of a block of weights: it stays in the cache while every candidate passes over it.
 _WEIGHT_BLOCK = 1 << 16
 
@@ -152,9 +154,7 @@ def _mse(
     return found_low, found_high
 
 
-def _affine_errors(
-    x: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, num_bits: int, symmetric: bool
-) -> Tensor:
+def _affine_errors(x: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, num_bits: int, symmetric: bool) -> Tensor:
     """The count-weighted squared error of fake-quantizing ``x`` with each range, codes as deployment has them."""
     if symmetric:
         bound = IntFormat(num_bits).bound
@@ -170,40 +170,34 @@ _CLIPPING = {"percentile": _percentile, "mse": _mse, "entropy": _entropy}
 
 
 def channel_mse_amax(
-    weight: Tensor,
-    axis: int,
-    num_bits: int = 8,
-    narrow_range: bool = True,
-    *,
-    num_candidates: int = 80,
-    smallest: float = 0.2,
+    weight: Tensor, axis: int, num_bits: int = 8, narrow_range: bool = True, *, smallest: float = 0.2
 ) -> Tensor:
-    """Per channel, the amax with the smallest squared quantization error, out of ``num_candidates`` shrink factors.
+    """Per channel, the amax with the smallest squared quantization error among shrunk maxima.
 
-    Candidates are the channel's largest absolute value times factors from 1 down to ``smallest``; the largest of
-    equals wins, so that the result is never worse than the plain maximum.
+    Candidates are the channel's largest absolute value times factors from 1 down to ``smallest``: every twentieth
+    first, then every hundredth around the best of those. The largest of equals wins, and 1 is a candidate, so that
+    the result is never worse than the plain maximum.
 
     Args:
         weight: floating point, at least 1-d.
         axis: the channel axis; negative counts from the end.
         num_bits: width of the signed codes.
         narrow_range: leave out the code ``-bound - 1``.
-        num_candidates: size of the grid.
-        smallest: the smallest factor.
+        smallest: the smallest factor, in (0, 1].
 
     Returns:
         A 1-d float32 tensor (float64 for float64 weights) with one amax per channel, on the weight's device.
 
     Raises:
-        ValueError: NaN or infinity in the weight; ``axis`` out of range; fewer than 2 bits; bad grid.
+        ValueError: NaN or infinity in the weight; ``axis`` or ``smallest`` out of range; fewer than 2 bits.
     """
     fmt = IntFormat(num_bits, narrow_range=narrow_range)
     if fmt.degenerate:
         raise ValueError(f"signed codes need at least 2 bits, got num_bits={num_bits}")
     if not -weight.dim() <= axis < weight.dim():
         raise ValueError(f"axis {axis} is out of range for a weight of {weight.dim()} dimensions")
-    if num_candidates < 1 or not 0 < smallest <= 1:
-        raise ValueError(f"num_candidates must be at least 1 and smallest in (0, 1], got {num_candidates}, {smallest}")
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest must be above 0 and at most 1, got {smallest}")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = weight.detach().to(dtype).movedim(axis, 0)
     rows = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
@@ -211,21 +205,29 @@ def channel_mse_amax(
         raise ValueError("the weight holds NaN or infinite values: repair it before quantizing")
     if rows.numel() == 0:
         return rows.new_zeros(rows.shape[0])
-    factors = torch.linspace(1.0, smallest, num_candidates, dtype=torch.float64).tolist()
-    return torch.cat([_best_amax(block, factors, fmt) for block in rows.split(max(1, _WEIGHT_BLOCK // rows.shape[1]))])
+    blocks = rows.split(max(1, _WEIGHT_BLOCK // rows.shape[1]))
+    return torch.cat([_best_amax(block, smallest, fmt) for block in blocks])
 
 
-def _best_amax(rows: Tensor, factors: list[float], fmt: IntFormat) -> Tensor:
+def _best_amax(rows: Tensor, smallest: float, fmt: IntFormat) -> Tensor:
     largest = rows.abs().amax(dim=1)
-    best, lowest = largest.clone(), torch.full_like(largest, torch.inf)
+    factor, lowest = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     scaled, codes = torch.empty_like(rows), torch.empty_like(rows)
-    for factor in factors:
-        amax = largest * factor
-        scale = symmetric_scale(amax, fmt.bound)
+
+    def keep_better(candidate: Tensor) -> None:
+        nonlocal factor, lowest
+        scale = symmetric_scale(largest * candidate, fmt.bound)
         torch.mul(rows, scale[:, None], out=scaled)
         torch.round(scaled, out=codes)
         error = codes.clamp_(fmt.lo, fmt.hi).sub_(scaled).square_().sum(dim=1) / scale.square()
         better = error < lowest
         lowest = torch.where(better, error, lowest)
-        best = torch.where(better, amax, best)
-    return best
+        factor = torch.where(better, candidate, factor)
+
+    for k in range(int((1 - smallest) / _COARSE + 1e-6) + 1):
+        keep_better(torch.full_like(largest, 1 - k * _COARSE))
+    coarse = factor
+    for k in range(_FINE_STEPS, -_FINE_STEPS - 1, -1):
+        if k:
+            keep_better((coarse + k * _COARSE / (_FINE_STEPS + 1)).clamp_(smallest, 1.0))
+    return largest * factor

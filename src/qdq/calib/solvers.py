@@ -133,7 +133,8 @@ def entropy_amax(
     Bin 0 first takes the count of bin 1. For each candidate i (``start_bin``, ... n in steps of ``stride``) the
     reference distribution is ``counts[:i]`` with everything beyond added to its last bin. The quantized one is
     ``counts[:i]`` grouped into ``2**(num_bits - 1 + unsigned)`` levels of equal width, the count of each level spread
-    evenly over those of its bins that are not empty. The last of equals wins, and the result is ``edges[i]``.
+    evenly over those of its bins that are not empty. The last of equals wins, and the result is ``edges[i]``;
+    ``edges[n]`` where no candidate has a finite divergence.
     Method: S. Migacz, "8-bit Inference with TensorRT", GTC 2017.
 
     Raises:
@@ -144,14 +145,14 @@ def entropy_amax(
     num_levels = 2 ** max(0, fmt.magnitude_bits)
     h, e = _histogram(counts, edges)
     if h.numel() > 1:
-        h[0] = h[1]
+        h = torch.cat([h[1:2], h[1:]])
     if not bool(h.sum() > 0):  # nothing beyond bin 0: it is the whole range
         return float(e[1])
     candidates = _candidates(h.numel(), max(1, start_bin), stride, h.numel() + 1)
     divergences = _divergences(h, candidates, num_levels)
     best = divergences.min()
     if bool(torch.isinf(best)):
-        return float(e[candidates[-1]])
+        return float(e[-1])
     near = candidates[divergences <= best + 1e-9]
     exact = torch.tensor([_divergence(h, int(i), num_levels) for i in near], dtype=torch.float64)
     return float(e[near[exact == exact.min()][-1]])

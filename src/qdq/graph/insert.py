@@ -17,6 +17,7 @@ from .ops import (
     Kind,
     bias_of,
     data_inputs,
+    is_depthwise,
     is_split,
     kind_of,
     module_path,
@@ -127,11 +128,14 @@ class _Insertion:
     def _new_weight_quantizer(self, node: fx.Node, key: tuple[str, int]) -> str:
         descriptor = self.recipe.for_name(*names_of(node)).weights or self.recipe.weights
         bits = int(descriptor.num_bits)  # type: ignore[arg-type]
-        if self.reduce and node in self.plan.operations:
+        # Depthwise kernels widen before they multiply: nothing saturates there.
+        reduced = self.reduce and node in self.plan.operations and not (self.target.pairs and is_depthwise(node))
+        if reduced and not self.target.pairs:
             bits = min(bits, 7)
+        pairs_axis = key[1] if reduced and self.target.pairs and bits == 8 else None
         value = attribute(self.graph_module, key[0])
         name = self._free(f"{key[0]}_quantizer")
-        quantizer = WeightQuantizer(name, bits, None if descriptor.axis is None else key[1], value.shape[key[1]])
+        quantizer = WeightQuantizer(name, bits, None if descriptor.axis is None else key[1], value.shape[key[1]], pairs_axis)
         quantizer.fit(value, self.recipe.weight_calibration)
         self.graph_module.add_submodule(name, quantizer)
         return name

@@ -271,6 +271,15 @@ def bias_of(node: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) and is_constant(bias) else None
 
 
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a convolution has one filter per channel."""
+    if kind_of(node) is not Kind.CONVOLUTION or not isinstance(node.args[1], fx.Node):
+        return False
+    weight = value_of(node.args[1])
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return isinstance(weight, torch.Tensor) and weight.shape[1] == 1 and weight.shape[0] == groups
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the user's module that the node came from ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack") or {}

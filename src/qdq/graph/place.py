@@ -15,6 +15,7 @@ from ..errors import RecipeError
 from ..recipe import Recipe, matches
 from .ops import (
     Kind,
+    clip_bounds,
     data_inputs,
     is_float,
     is_split,
@@ -85,6 +86,29 @@ def tail(node: fx.Node) -> fx.Node:
     return node
 
 
+_LOCAL = (
+    Kind.POINTWISE,
+    Kind.CLIP,
+    Kind.MOVE,
+    Kind.ADD,
+    Kind.MUL,
+    Kind.CONCAT,
+    Kind.AVERAGE_POOL,
+    Kind.GLOBAL_AVERAGE,
+)
+
+
+def _bounds(tensor: fx.Node) -> tuple[float, float] | None:
+    """The bounds of the clip that a tensor's values went through last, None without one.
+
+    A runtime drops a clip that the quantizer behind it implies. A range shared with tensors that have other bounds
+    would not imply it, and the operation before the clip would be computed in float.
+    """
+    while kind_of(tensor) is Kind.MOVE and tensor.all_input_nodes:
+        tensor = tensor.all_input_nodes[0]
+    return clip_bounds(tensor) if kind_of(tensor) is Kind.CLIP else None
+
+
 class _Placement:
     def __init__(self, nodes: list[fx.Node], target: Target, recipe: Recipe, attention: bool) -> None:
         self.nodes = nodes
@@ -92,6 +116,7 @@ class _Placement:
         self.recipe = recipe
         self.plan = Plan()
         self.wanted: set[fx.Node] = set()
+        self.near: dict[fx.Node, bool] = {}
         self.rules: dict[fx.Node, Rule] = {}
         for node in nodes:
             rule = self._rule_for(node, attention)
@@ -102,6 +127,7 @@ class _Placement:
         before = -1
         while before != (before := self._size()):
             self._find_wanted()
+            self.near.clear()
             for node in self.nodes:
                 self._visit(node)
         self._explain_floats()
@@ -169,18 +195,19 @@ class _Placement:
         return tail(node) in self.wanted and any(n in self.plan.tensors or self._near(n) for n in inputs)
 
     def _near(self, node: fx.Node) -> bool:
-        """Whether a tensor comes from a quantized convolution through pointwise operations only."""
-        while True:
-            rule = self.rules.get(node)
-            if node in self.plan.integer or (node in self.plan.operations and rule is not None and rule.role == "follow"):
-                return True
-            kind = kind_of(node)
-            if kind is Kind.CONVOLUTION:
-                return node in self.plan.operations
-            inputs = data_inputs(node)
-            if kind not in (Kind.POINTWISE, Kind.CLIP, Kind.MOVE, Kind.GLOBAL_AVERAGE, Kind.AVERAGE_POOL) or len(inputs) != 1:
-                return False
-            node = inputs[0]
+        """Whether a tensor comes from quantized convolutions alone, through operations that keep to single values."""
+        known = self.near.get(node)
+        if known is None:
+            self.near[node] = False  # graphs have no circles, but a repeated question must not recurse
+            known = self.near[node] = self._is_near(node)
+        return known
+
+    def _is_near(self, node: fx.Node) -> bool:
+        kind = kind_of(node)
+        if node in self.plan.integer or (kind is Kind.CONVOLUTION and node in self.plan.operations):
+            return True
+        inputs = data_inputs(node)
+        return kind in _LOCAL and bool(inputs) and all(self._near(n) for n in inputs)
 
     def _quantize(self, node: fx.Node, rule: Rule, operands: list[fx.Node]) -> None:
         self.plan.operations[node] = operands
@@ -192,8 +219,11 @@ class _Placement:
         if rule.output or (rule.role == "follow" and not self.target.skip_only):
             self.plan.integer.add(result)
         if rule.shared:
+            bounds = {operand: _bounds(operand) for operand in operands}
+            alike = len(set(bounds.values())) == 1
             for operand in operands:
-                self._join(operand, result)
+                if alike or bounds[operand] is None:
+                    self._join(operand, result)
 
     def _move(self, node: fx.Node) -> None:
         source = node.all_input_nodes[0]

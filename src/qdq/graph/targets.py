@@ -45,7 +45,10 @@ class Target:
         skip_only: of a residual addition only the skip branch is quantized; the other stays fused with its layer.
         attention: whether products of two activations are quantized by default.
         opset: of the exported file.
-        reduce_range: 7-bit weights: "auto" where this machine's x86 processor has no VNNI, True or False.
+        reduce_range: weights whose products cannot saturate at 16 bits: "auto" where this machine's x86 processor has no
+            VNNI, True or False.
+        pairs: how range is reduced: only where two neighbouring codes would saturate (the order in which the runtime
+            multiplies is known), or to 7 bits for all.
         reference: documentation that the table was read from.
     """
 
@@ -58,6 +61,7 @@ class Target:
     attention: bool
     reduce_range: bool | str
     reference: str
+    pairs: bool = False
     opset: int = 21
 
     def rule(self, kind: Kind) -> Rule | None:
@@ -93,6 +97,7 @@ ONNXRUNTIME = Target(
     skip_only=False,
     attention=False,
     reduce_range="auto",
+    pairs=True,
     reference="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and "
     "https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
 )
@@ -160,10 +165,9 @@ def find_target(target: str | Target) -> Target:
 
 
 def reduces_range(target: Target, asked: bool | str | None) -> bool:
-    """Whether weights take 7 bits: what the recipe asks, else the target's setting; "auto" looks at this processor.
+    """Whether weights avoid saturation: what the recipe asks, else the target's setting; "auto" looks at this processor.
 
-    x86 processors without VNNI multiply u8 by s8 and add two products in 16 bits, with saturation; a weight of 7 bits
-    cannot overflow them.
+    x86 processors without VNNI multiply u8 by s8 and add two products in 16 bits, with saturation: see `qdq.saturation`.
     """
     setting = target.reduce_range if asked is None else asked
     return has_vnni() is False if setting == "auto" else bool(setting)

@@ -15,8 +15,14 @@ from ..formats import IntFormat
 from .reference import TINY_AMAX, compute_dtype, symmetric_scale
 
 
-def _unreadable(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta"
+def is_tracing() -> bool:
+    """True while TorchScript traces."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  # documented as torch.jit's
+
+
+def unreadable(tensor: Tensor) -> bool:
+    """True where reading a value of ``tensor`` would stop a trace or fail."""
+    return torch.compiler.is_compiling() or is_tracing() or tensor.device.type == "meta"
 
 
 def _refuse_if(bad: Callable[[], Tensor], device: torch.device, message: str, error: Callable[[], Exception]) -> None:
@@ -38,21 +44,21 @@ def _refuse_if(bad: Callable[[], Tensor], device: torch.device, message: str, er
 
 def check_amax(amax: Tensor) -> None:
     """Raises ``ValueError`` where any amax is negative. NaN passes: it marks its values."""
-    if not _unreadable(amax):
+    if not unreadable(amax):
         message = "Negative values in amax: it is the largest absolute value, so it must be 0 or positive"
         _refuse_if(lambda: amax < 0, amax.device, message, lambda: ValueError(message))
 
 
 def check_unsigned(inputs: Tensor) -> None:
     """Raises ``TypeError`` where an input of unsigned quantization is negative."""
-    if not _unreadable(inputs):
+    if not unreadable(inputs):
         message = "Negative values encountered in unsigned quantization: use a signed format or clip the inputs at 0"
         _refuse_if(lambda: inputs < 0, inputs.device, message, lambda: TypeError(message))
 
 
 def check_float16_scale(amax: Tensor, fmt: IntFormat) -> None:
     """Raises ``ValueError`` where ``bound / amax`` overflows float16."""
-    if _unreadable(amax):
+    if unreadable(amax):
         return
     wide = amax.to(compute_dtype(amax.dtype))
 
@@ -63,20 +69,18 @@ def check_float16_scale(amax: Tensor, fmt: IntFormat) -> None:
         )
 
     limit = torch.finfo(torch.float16).max
-    _refuse_if(
-        lambda: symmetric_scale(wide, fmt.bound) > limit, amax.device, "scale is too large for FP16", error
-    )
+    _refuse_if(lambda: symmetric_scale(wide, fmt.bound) > limit, amax.device, "scale is too large for FP16", error)
 
 
 def check_step_size(step_size: Tensor) -> None:
     """Raises ``ValueError`` where a step size is 0 or negative. NaN passes: it marks its values."""
-    if not _unreadable(step_size):
+    if not unreadable(step_size):
         message = "step_size must be positive; qdq.kernels.reference.affine_parameters computes one from a range"
         _refuse_if(lambda: step_size <= 0, step_size.device, message, lambda: ValueError(message))
 
 
 def check_range(min_range: Tensor, max_range: Tensor) -> None:
     """Raises ``ValueError`` where ``min_range`` exceeds ``max_range``."""
-    if not _unreadable(min_range) and not _unreadable(max_range):
+    if not unreadable(min_range) and not unreadable(max_range):
         message = "min_range must not exceed max_range"
         _refuse_if(lambda: min_range > max_range, min_range.device, message, lambda: ValueError(message))

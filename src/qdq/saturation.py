@@ -1,0 +1,47 @@
+"""Weight codes whose products with uint8 activations cannot saturate on x86 processors without VNNI.
+
+There the kernels multiply with `vpmaddubsw`: two neighbouring products of uint8 and int8 are added in 16 bits, with saturation
+(Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2). A pair is safe when its codes have different signs,
+or when their magnitudes add up to at most 128: 255 * 128 = 32640 < 2**15. Codes of 7 bits are always safe, but few pairs of 8-bit
+codes are not, so it is enough to shrink those.
+
+Which codes are neighbours is the kernel's choice. ONNX Runtime walks a convolution's weight with channels last where it has
+moved the graph to that layout, and with channels first otherwise: both are kept safe.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_PAIR = 128
+
+
+def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
+    """The nearest codes of which no neighbouring pair can saturate.
+
+    Args:
+        codes: integers in a float or integer dtype; `axis` holds the output channels.
+        axis: output-channel axis.
+
+    Returns:
+        Codes of the same shape and dtype, none of larger magnitude.
+    """
+    rows = codes.movedim(axis, 0)
+    if rows.dim() > 2:
+        last = rows.movedim(1, -1)
+        rows = _shrink(last.reshape(rows.shape[0], -1)).reshape(last.shape).movedim(-1, 1)
+    rows = _shrink(rows.reshape(rows.shape[0], -1)).reshape(rows.shape)
+    return rows.movedim(0, axis)
+
+
+def _shrink(rows: Tensor) -> Tensor:
+    width = rows.shape[1] // 2 * 2
+    first, second = rows[:, 0:width:2], rows[:, 1:width:2]
+    excess = (first.abs() + second.abs() - LARGEST_PAIR).clamp(min=0) * (first.sign() == second.sign())
+    half = torch.div(excess, 2, rounding_mode="floor")
+    larger = first.abs() >= second.abs()
+    out = rows.clone()
+    out[:, 0:width:2] -= first.sign() * torch.where(larger, excess - half, half)
+    out[:, 1:width:2] -= second.sign() * torch.where(larger, half, excess - half)
+    return out

@@ -1,0 +1,64 @@
+"""`qdq demo`: its parts, and the whole with little training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+from qdq import digits_demo
+
+
+def test_the_test_digits_are_held_out() -> None:
+    digits = digits_demo.load_digits()
+    assert digits.train_images.shape[1:] == digits.test_images.shape[1:] == (1, 32, 32)
+    assert len(digits.train_images) + len(digits.test_images) == 1797
+    assert set(digits.test_labels.tolist()) == set(range(10))
+    trained_on = {image.numpy().tobytes() for image in digits.train_images}
+    assert not any(image.numpy().tobytes() in trained_on for image in digits.test_images)
+
+
+def test_training_ends_with_its_time() -> None:
+    digits = digits_demo.load_digits()
+    few = digits_demo.Digits(*(tensor[:64] for tensor in digits))
+    state = torch.get_rng_state()
+    model = digits_demo.train_network(few, epochs=1_000_000 // 64, seconds=0.2)
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with little data, one epoch and few timed rounds."""
+    digits = digits_demo.load_digits()
+    few = digits_demo.Digits(*(tensor[:640] for tensor in digits[:2]), *(tensor[:96] for tensor in digits[2:]))
+    monkeypatch.setattr(digits_demo, "load_digits", lambda seed: few)
+    monkeypatch.setattr(digits_demo, "EPOCHS", 1)
+    monkeypatch.setattr(digits_demo, "CALIBRATION_IMAGES", 32)
+    monkeypatch.setattr(digits_demo, "ROUNDS", 2)
+
+
+@pytest.mark.usefixtures("short")
+def test_the_demo_ends_with_a_table_and_a_verdict(run: Any, tmp_path: Path) -> None:
+    result = run("demo", "--folder", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    for text in ("accuracy on 96 held-out digits", "latency, 1 image", "file size", "same answers", "VERIFIED"):
+        assert text in result.stdout
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
+    assert set(sizes) == {"digits.fp32.onnx", "digits.int8.onnx"}
+    assert sizes["digits.int8.onnx"] * 2 < sizes["digits.fp32.onnx"]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_demo_that_does_not_hold_says_so(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits_demo, "MIN_SQNR_DB", 1e6)
+    monkeypatch.setattr(digits_demo, "MAX_ACCURACY_LOSS", -1.1)
+    result = run("demo", "--folder", tmp_path)
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "differs from the simulation" in result.stdout
+    assert "of accuracy is lost" in result.stdout
