@@ -38,8 +38,11 @@ class Case:
     tasks: dict[str, Callable[[Run], float]] = field(default_factory=dict)
 
 
-def build(name: str, batch: int = 1) -> Case:
+def build(name: str, batch: int = 1, init: str = "low-pass") -> Case:
     """The case of that name; `batch` is the batch size that latency is measured at.
+
+    `init` says how models without trained weights are drawn: `"low-pass"` (`fixtures.seeding`) or `"torchvision"`, its
+    default initialisation with batch norms that do nothing.
 
     Raises:
         KeyError: no case has that name.
@@ -47,7 +50,7 @@ def build(name: str, batch: int = 1) -> Case:
     if name in _REAL:
         return _REAL[name](batch)
     if name in _TORCHVISION:
-        return _torchvision_case(name, batch)
+        return _torchvision_case(name, batch, init)
     raise KeyError(f"no model {name!r}; known: {', '.join(names())}")
 
 
@@ -111,7 +114,7 @@ def _minilm(batch: int) -> Case:
     return Case("minilm", model, calibration, held_out, timed, "transformer", ("ids", "mask"), dynamic, tasks)
 
 
-def _torchvision_case(name: str, batch: int) -> Case:
+def _torchvision_case(name: str, batch: int, init: str) -> Case:
     size, options = _TORCHVISION[name]
     transformer = name.startswith("vit")
 
@@ -124,7 +127,11 @@ def _torchvision_case(name: str, batch: int) -> Case:
     def make_inputs(batch: int = 4, seed: int = 0) -> Inputs:
         return (photos.crops(batch, size, seed),)
 
-    model = seeded(make_model, make_inputs)
+    if init == "torchvision":
+        torch.manual_seed(0)
+        model = make_model().eval()
+    else:
+        model = seeded(make_model, make_inputs)
     if transformer:
         _randomise_head(model)
     calibration = _batches(photos.crops(32, size, seed=1), 8)

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(contenders.THREADS)
     names = options.models or [*cases.DEFAULT, *(cases.EXTRA if options.extra else ())]
     print(_environment(), flush=True)
-    report: dict[str, Any] = {"environment": _environment(), "batch": options.batch, "models": {}}
+    report: dict[str, Any] = {"environment": _environment(), "options": vars(options), "models": {}}
     failed = False
     for name in names:
         try:
@@ -81,6 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--seconds", type=float, default=0.3, help="length of one turn in a round (default 0.3)")
     parser.add_argument("--batch", type=int, default=1, help="batch size of the latency (default 1)")
+    parser.add_argument("--init", choices=("low-pass", "torchvision"), default="low-pass", help="see README.md")
     parser.add_argument("--skip-peers", action="store_true", help="fp32 and qdq only")
     parser.add_argument("--skip-qdq", action="store_true", help="fp32 and the peers only")
     parser.add_argument("--skip-nncf", action="store_true", help="no NNCF")
@@ -97,7 +98,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _one_model(name: str, options: argparse.Namespace) -> tuple[dict[str, Result], list[bars.Bar]]:
     _progress(f"{name}: model and data")
-    case = cases.build(name, options.batch)
+    case = cases.build(name, options.batch, options.init)
     with contextlib.ExitStack() as stack:
         if options.keep:
             folder = Path(options.keep) / name

@@ -133,8 +133,8 @@ def quantize(
 
     A file whose SQNR against the simulation is below --min-sqnr is kept for inspection, and the exit code is 1.
     """
-    doors.check_packages()
     chosen, rules = doors.target_and_recipe(target, recipe)
+    doors.check_packages(chosen)
     for path in (output, fp32):
         if path is not None:
             doors.check_writable(path)
@@ -154,7 +154,7 @@ def quantize(
         qdq.export_onnx(network, fp32, example_inputs=doors.first_batch(batches))
     show.step(out, "verify", f"{output} in its runtime against the simulation")
     fidelity = qdq.verify(qmodel, output, batches, progress=_progress())
-    out.print(str(fidelity), markup=False)
+    out.print(str(fidelity), markup=False, soft_wrap=True)
     if scorer is not None:
         show.step(out, "evaluate", str(evaluate))
         show.scores(out, doors.scores(scorer, str(evaluate), network, output))
@@ -186,8 +186,8 @@ def verify(
 
     The simulation is made again from MODEL, --data, --target and --recipe: give what `qdq quantize` was given.
     """
-    doors.check_packages()
     chosen, rules = doors.target_and_recipe(target, recipe)
+    doors.check_packages(chosen)
     doors.check_readable(file)
     network = doors.in_eval_mode(load_model(model))
     options = _options(batch_size, limit, keys, image_size, mean, std)
@@ -198,7 +198,7 @@ def verify(
     qmodel = qdq.quantize(network, batches, target=chosen, recipe=rules, progress=_progress())
     show.step(out, "verify", f"{file} in its runtime against the simulation")
     fidelity = qdq.verify(qmodel, file, compared, per_tensor=per_tensor, progress=_progress())
-    out.print(str(fidelity), markup=False)
+    out.print(str(fidelity), markup=False, soft_wrap=True)
     _verdict(out, file, fidelity, min_sqnr)
 
 
@@ -223,7 +223,7 @@ def benchmark(
         if path is not None:
             doors.check_readable(path)
     speed = qdq.benchmark(file, against, batch_size=batch_size, threads=threads, rounds=rounds, progress=_progress())
-    _console().print(str(speed), markup=False)
+    _console().print(str(speed), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -293,7 +293,7 @@ def _progress() -> bool:
 def _verdict(out: Console, path: Path, fidelity: Any, min_sqnr: float) -> None:
     """The last line, and exit code 1 where the file is not what was simulated (NaN compares as not verified)."""
     if fidelity.sqnr_db >= min_sqnr:
-        out.print(f"[green]VERIFIED[/green] {escape(str(path))}: {show.decibels(fidelity.sqnr_db)}")
+        out.print(f"[green]VERIFIED[/green] {escape(str(path))}: {show.decibels(fidelity.sqnr_db)}", soft_wrap=True)
         return
     raise CommandError(
         f"NOT VERIFIED: {path} was written, but its runtime differs from the simulation: "

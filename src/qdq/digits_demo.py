@@ -125,6 +125,18 @@ def accuracy(path: Path, images: torch.Tensor, labels: torch.Tensor) -> float:
     return (answers == labels).float().mean().item()
 
 
+def reasons_against(sqnr_db: float, accuracy_loss: float, sizes: tuple[int, int]) -> list[str]:
+    """Why the deployment does not hold, if it does not. ``sizes`` are the bytes of the float and of the int8 file."""
+    reasons = []
+    if not sqnr_db >= MIN_SQNR_DB:
+        reasons.append(f"the deployment differs from the simulation (SQNR {sqnr_db:.1f} dB)")
+    if accuracy_loss > MAX_ACCURACY_LOSS:
+        reasons.append(f"{accuracy_loss:.2%} of accuracy is lost")
+    if sizes[1] * 2 > sizes[0]:
+        reasons.append("the int8 file is more than half as large as the fp32 file")
+    return reasons
+
+
 def run(folder: Path, *, console: Console, seed: int = 0) -> bool:
     """The whole demo; writes two ONNX files into ``folder`` and prints what it does. True if the deployment held."""
     from qdq._cli import show
@@ -176,20 +188,16 @@ def run(folder: Path, *, console: Console, seed: int = 0) -> bool:
             ],
         )
     )
-    reasons = []
-    if not fidelity.sqnr_db >= MIN_SQNR_DB:
-        reasons.append(f"the deployment differs from the simulation ({show.decibels(fidelity.sqnr_db)})")
-    if before - after > MAX_ACCURACY_LOSS:
-        reasons.append(f"{before - after:.2%} of accuracy is lost")
-    if sizes[1] * 2 > sizes[0]:
-        reasons.append("the int8 file is more than half as large as the fp32 file")
+    reasons = reasons_against(fidelity.sqnr_db, before - after, sizes)
     if reasons:
-        console.print(f"[red]FAILED[/red]: {'; '.join(reasons)}")
+        console.print(f"[red]FAILED[/red]: {'; '.join(reasons)}", soft_wrap=True)
         return False
     faster = max(single.ratio or 0.0, many.ratio or 0.0) > 1
     slower = "" if faster else ", though no faster than fp32 on this machine"
-    console.print(f"[green]VERIFIED[/green]: the INT8 file does what was simulated{slower}. Look at it: ", end="")
-    console.print(f"qdq inspect {int8_file}", markup=False)
+    console.print(
+        f"[green]VERIFIED[/green]: the INT8 file does what was simulated{slower}. Look at it: ", end="", soft_wrap=True
+    )
+    console.print(f"qdq inspect {int8_file}", markup=False, soft_wrap=True)
     return True
 
 

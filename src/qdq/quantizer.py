@@ -63,7 +63,6 @@ class TensorQuantizer(QuantizerSettings):
         super().__init__(desc, disabled, if_quant, if_clip, if_calib)
         self._scale: Tensor | None = None
         self._warned = False
-        self._onnx_refusal: str | None = None
         self._device = torch.empty(0).device
         if desc.amax is not None:
             self.amax = desc.amax
@@ -216,7 +215,6 @@ class TensorQuantizer(QuantizerSettings):
         # The exporter of TorchScript traces; it cannot take these nodes.
         if self._fake_quant and torch.onnx.is_in_onnx_export() and not is_tracing():
             return self._as_onnx(inputs, amax)
-        self._refuse_again()
         if isinstance(self._num_bits, tuple):
             return scaled_e4m3(inputs, amax, *self._num_bits)
         if self._fake_quant:
@@ -228,19 +226,9 @@ class TensorQuantizer(QuantizerSettings):
         return outputs
 
     def _as_onnx(self, inputs: Tensor, amax: Tensor) -> Tensor:
-        try:
-            require(not self._learn_amax, "a quantizer with learn_amax cannot be exported to ONNX: its range is learned")
-            require(self.amax is not None, _NOT_CALIBRATED)
-            return fake_quantize_as_onnx(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
-        except AssertionError as error:
-            self._onnx_refusal = str(error)
-            raise
-
-    def _refuse_again(self) -> None:
-        # After an error torch.onnx.export captures once more, in a way that hides from forward that ONNX is the aim.
-        if self._onnx_refusal is not None:
-            require(not torch.compiler.is_exporting(), self._onnx_refusal)
-            self._onnx_refusal = None
+        require(not self._learn_amax, "a quantizer with learn_amax cannot be exported to ONNX: its range is learned")
+        require(self.amax is not None, _NOT_CALIBRATED)
+        return fake_quantize_as_onnx(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
 
     def _get_amax(self, inputs: Tensor) -> Tensor:
         """The amax to quantize ``inputs`` with: learned, set or dynamic, times ``scale_amax``; no gradient."""

@@ -31,7 +31,7 @@ def fails(result: Any, code: int, *texts: str) -> None:
 def test_quantize_does_the_whole_job(deployed: Deployed) -> None:
     result = deployed.result
     assert result.exit_code == 0, result.output
-    assert f"VERIFIED {deployed.int8}" in result.stdout.replace("\n", "")
+    assert f"VERIFIED {deployed.int8}" in result.stdout
     assert "scored by the user's own function" in result.stdout
     assert "fp32 (PyTorch)" in result.stdout
     assert "net.int8.onnx (ONNX Runtime)" in result.stdout
@@ -177,6 +177,29 @@ def test_a_missing_extra_is_named_before_the_work(
         "benchmark": (deployed.int8,),
     }
     fails(run(command, *arguments[command]), 1, "needs onnxruntime", "pip install 'qdq[onnx]'")
+
+
+def test_openvino_is_asked_for_when_it_is_the_target(
+    run: Any, user: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    out = tmp_path / "out.onnx"
+    result = run("quantize", user("make"), "--data", user("batches"), "-o", out, "--target", "openvino")
+    fails(result, 1, "needs openvino", "pip install 'qdq[openvino]'")
+
+
+def test_a_pt2_file_and_an_array(run: Any, tmp_path: Path) -> None:
+    from .user_code import batches, make
+
+    model, data, out = tmp_path / "net.pt2", tmp_path / "data.npy", tmp_path / "out.onnx"
+    images = torch.cat(list(batches()))
+    dynamic = {"image": {0: torch.export.Dim.DYNAMIC}}
+    torch.export.save(torch.export.export(make().eval(), (images[:2],), dynamic_shapes=dynamic), str(model))
+    np.save(data, images.numpy())
+    result = run("quantize", model, "--data", data, "-o", out, "--batch-size", 5, "--target", "tensorrt")
+    assert result.exit_code == 0, result.output
+    assert "24 samples" in result.stdout
+    assert "VERIFIED" in result.stdout
 
 
 def test_inspect_without_onnx(run: Any, deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:

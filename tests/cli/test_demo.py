@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,28 @@ def test_the_demo_ends_with_a_table_and_a_verdict(run: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("short")
-def test_a_demo_that_does_not_hold_says_so(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digits_demo, "MIN_SQNR_DB", 1e6)
+def test_a_demo_that_does_not_hold_fails(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits_demo, "EPOCHS", 0)
     monkeypatch.setattr(digits_demo, "MAX_ACCURACY_LOSS", -1.1)
     result = run("demo", "--folder", tmp_path)
     assert result.exit_code == 1
-    assert "FAILED" in result.stdout
-    assert "differs from the simulation" in result.stdout
+    assert "FAILED: " in result.stdout
     assert "of accuracy is lost" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("sqnr_db", "loss", "sizes", "text"),
+    [
+        (29.9, 0.0, (4, 1), "differs from the simulation (SQNR 29.9 dB)"),
+        (math.nan, 0.0, (4, 1), "differs from the simulation"),
+        (60.0, 0.02, (4, 1), "2.00% of accuracy is lost"),
+        (60.0, 0.0, (4, 3), "more than half as large"),
+    ],
+)
+def test_reasons_against(sqnr_db: float, loss: float, sizes: tuple[int, int], text: str) -> None:
+    (reason,) = digits_demo.reasons_against(sqnr_db, loss, sizes)
+    assert text in reason
+
+
+def test_no_reason_against() -> None:
+    assert digits_demo.reasons_against(math.inf, -0.01, (4, 2)) == []

@@ -141,9 +141,7 @@ def entropy_amax(
     return float(edges[best_i])
 
 
-def mse_of(
-    counts: np.ndarray, edges: np.ndarray, amax: float, num_bits: int, unsigned: bool
-) -> float:
+def mse_of(counts: np.ndarray, edges: np.ndarray, amax: float, num_bits: int, unsigned: bool) -> float:
     centres = (np.asarray(edges[1:]) + np.asarray(edges[:-1])) / 2
     error = fake_quantize(centres, np.array(amax), num_bits, unsigned, True) - centres
     return float((np.asarray(counts, np.float64) * error**2).sum())

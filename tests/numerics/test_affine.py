@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import float64_reference as reference
-from numerics.strategies import inputs
 
 import qdq.functional as F
+from numerics import float64_reference as reference
+from numerics.strategies import inputs
 from qdq.formats import E2M1, E4M3, E5M2
 from qdq.kernels.reference import (
     affine_dequantize,
@@ -42,9 +42,7 @@ def test_affine_equals_the_reference(
     np.testing.assert_array_equal(codes.numpy(), expected)
     fake = affine_fake_quantize(x, steps, zeros, lo, hi)
     assert fake.dtype == x.dtype
-    torch.testing.assert_close(
-        fake, affine_dequantize(codes, steps, zeros).to(x.dtype), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(fake, affine_dequantize(codes, steps, zeros).to(x.dtype), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(F.fake_quantize_affine(x, steps, zeros, lo, hi), fake, rtol=0, atol=0, equal_nan=True)
     finite = np.isfinite(expected)
     np.testing.assert_allclose(
@@ -152,7 +150,9 @@ def test_every_e4m3_value_and_every_midpoint() -> None:
     x = np.concatenate([values, middles, middles * (1 + 1e-6), middles * (1 - 1e-6), [1e6, -1e6, np.inf, np.nan]])
     for dtype in (torch.float32, torch.float64):
         result = F.scaled_e4m3(torch.tensor(x, dtype=dtype))
-        np.testing.assert_array_equal(result.double().numpy(), reference.e4m3_round(torch.tensor(x, dtype=dtype).numpy()))
+        np.testing.assert_array_equal(
+            result.double().numpy(), reference.e4m3_round(torch.tensor(x, dtype=dtype).numpy())
+        )
 
 
 def test_e4m3_equals_the_cast_of_pytorch_and_of_ml_dtypes() -> None:

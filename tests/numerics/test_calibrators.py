@@ -100,7 +100,11 @@ def test_histogram_of_one_batch_is_numpys() -> None:
 
 
 @given(
-    st.lists(st.lists(st.floats(-100, 100, width=32).map(lambda v: round(v, 2)), min_size=1, max_size=30), min_size=1, max_size=4),
+    st.lists(
+        st.lists(st.floats(-100, 100, width=32).map(lambda v: round(v, 2)), min_size=1, max_size=30),
+        min_size=1,
+        max_size=4,
+    ),
     st.sampled_from([1, 3, 10, 16]),
 )
 def test_histogram_grows_by_whole_bins_of_the_first_width(batches: list[list[float]], bins: int) -> None:
@@ -201,7 +205,7 @@ def test_bad_use_is_refused() -> None:
         HistogramCalibrator(grow_method="stretch")
     calibrator = HistogramCalibrator()
     calibrator.collect(torch.tensor([1e-9]))
-    with pytest.raises(RuntimeError, match="needs 2048.* bins of the width .* that the first batch fixed"):
+    with pytest.raises(RuntimeError, match=r"needs 2048.* bins of the width .* that the first batch fixed"):
         calibrator.collect(torch.tensor([1.0]))
     with pytest.raises(TypeError, match="unknown calibration method 'max': choose one of entropy, mse, percentile"):
         calibrator.compute_amax("max")

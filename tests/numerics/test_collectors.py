@@ -115,7 +115,7 @@ def test_counts_are_a_copy() -> None:
 def test_bad_use_is_refused() -> None:
     with pytest.raises(ValueError, match="num_bins must be at least 2, got 1"):
         HistogramCollector(1)
-    with pytest.raises(TypeError, match="real values, got torch.complex64"):
+    with pytest.raises(TypeError, match=r"real values, got torch\.complex64"):
         RangeCollector().collect(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(TypeError, match="only a HistogramCollector can be merged, got RangeCollector"):
         HistogramCollector().merge(RangeCollector())

@@ -33,7 +33,13 @@ FIELDS = {
 def test_defaults() -> None:
     d = QuantDescriptor()
     assert (d.num_bits, d.name, d.fake_quant, d.axis, d.amax) == (8, None, True, None, None)
-    assert (d.learn_amax, d.scale_amax, d.calib_method, d.unsigned, d.narrow_range) == (False, None, "max", False, False)
+    assert (d.learn_amax, d.scale_amax, d.calib_method, d.unsigned, d.narrow_range) == (
+        False,
+        None,
+        "max",
+        False,
+        False,
+    )
     assert d.dict() == {"num_bits": 8, "name": None}
     assert QuantDescriptor(4, "x") == QuantDescriptor(name="x", num_bits=4)
 
@@ -64,7 +70,9 @@ def test_every_field_survives_every_round_trip(field: str, value: Any) -> None:
             "name": st.text(st.characters(codec="utf-8"), max_size=5),
             "fake_quant": st.booleans(),
             "axis": st.one_of(st.none(), st.integers(-4, 3), st.lists(st.integers(0, 3)).map(tuple)),
-            "amax": st.one_of(st.none(), st.floats(0, 2.0**99, width=32), st.lists(st.floats(0, 9, width=32), min_size=1)),
+            "amax": st.one_of(
+                st.none(), st.floats(0, 2.0**99, width=32), st.lists(st.floats(0, 9, width=32), min_size=1)
+            ),
             "scale_amax": st.floats(0.1, 2),
             "calib_method": st.sampled_from(["max", "histogram"]),
             "unsigned": st.booleans(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import qdq.functional as F
+from qdq.kernels import checks
 
 AMAX = torch.tensor(1.0)
 STEPS, ZEROS = torch.tensor([0.02, 0.01, 0.05, 0.02]), torch.tensor([128, 0, 255, 3], dtype=torch.int32)
@@ -33,7 +34,7 @@ def x() -> Tensor:
     return torch.randn(6, 4, generator=generator).requires_grad_()
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 SYMMETRIC = (F.tensor_quant, F.fake_tensor_quant, F.legacy_fake_tensor_quant)
 every_symmetric = pytest.mark.parametrize("function", SYMMETRIC)
@@ -91,9 +92,9 @@ def test_a_bound_that_is_not_exact_is_refused(dtype: torch.dtype, most: int) -> 
 
 def test_float16_scale_overflow_is_refused() -> None:
     x = torch.ones(2, dtype=torch.float16)
-    with pytest.raises(ValueError, match="scale is too large for FP16 with amax=0.001"):
+    with pytest.raises(ValueError, match=r"scale is too large for FP16 with amax=0\.001"):
         F.tensor_quant(x, torch.tensor([1.0, 0.001]))
-    codes, scale = F.tensor_quant(x, torch.tensor([1.0, 0.0]))  # zero counts as scale 1
+    _, scale = F.tensor_quant(x, torch.tensor([1.0, 0.0]))  # zero counts as scale 1
     assert scale.tolist() == [127, 1]
     assert F.tensor_quant(x.bfloat16(), torch.tensor(0.001))[1].isfinite()
 
@@ -122,7 +123,17 @@ def test_other_functions_refuse_bad_arguments() -> None:
     assert F.fake_quantize_affine(x, float("nan"), 0, 0, 255).isnan().all()
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------
+def test_checks_on_cuda_are_asynchronous_asserts() -> None:
+    # Without a CUDA device: the operator exists for CPU tensors too, where it raises at once.
+    good, bad = torch.tensor([1.0]), torch.tensor([-1.0])
+    cuda, other = torch.device("cuda"), torch.device("mps")
+    checks._refuse_if(lambda: good < 0, cuda, "too small", ValueError)
+    with pytest.raises(RuntimeError, match="too small"):
+        checks._refuse_if(lambda: bad < 0, cuda, "too small", ValueError)
+    checks._refuse_if(lambda: bad < 0, other, "too small", ValueError)
+
+
+# -- gradients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -177,7 +188,7 @@ def test_second_derivative_is_zero(function: Callable[[Tensor], Tensor], x: Tens
     assert set(second.tolist()[0]) <= {0.0, 1.0, 2.0}
 
 
-# -- tracing and transforms ---------------------------------------------------------------------------------------------
+# -- tracing and transforms ------------------------------------------------------------------------
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 
 
 def test_published_example_through_both_names() -> None:
-    from pytorch_quantization import tensor_quant
-
     import qdq.functional
+    from pytorch_quantization import tensor_quant
 
     torch.manual_seed(12345)
     x = torch.rand(10)
@@ -27,18 +26,17 @@ def test_published_example_through_both_names() -> None:
 
 
 def test_names_are_the_same_objects() -> None:
+    import qdq
+    import qdq.calib
+    import qdq.clip
+    import qdq.descriptor
+    import qdq.functional
     from pytorch_quantization import calib, nn, tensor_quant
     from pytorch_quantization.calib import HistogramCalibrator, MaxCalibrator
     from pytorch_quantization.nn import Clip, TensorQuantizer
     from pytorch_quantization.nn.modules.clip import Clip as SameClip
     from pytorch_quantization.nn.modules.tensor_quantizer import TensorQuantizer as SameQuantizer
     from pytorch_quantization.tensor_quant import QuantDescriptor, ScaledQuantDescriptor
-
-    import qdq
-    import qdq.calib
-    import qdq.clip
-    import qdq.descriptor
-    import qdq.functional
 
     assert QuantDescriptor is ScaledQuantDescriptor is qdq.QuantDescriptor
     assert TensorQuantizer is SameQuantizer is qdq.TensorQuantizer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numerics import float64_reference as reference
 from torch import Tensor
 
+from numerics import float64_reference as reference
 from qdq.calib import HistogramCalibrator, entropy_amax, mse_amax, percentile_amax
 from qdq.functional import scaled_e4m3
 
@@ -66,7 +66,7 @@ def test_mse_with_more_levels_than_bins_equals_the_definition(bits: int) -> None
 def test_mse_for_e4m3_equals_a_loop() -> None:
     counts, edges = histogram(samples()["lognormal"], 300)
     centres = (edges[1:] + edges[:-1]) / 2
-    errors = [float(((scaled_e4m3(centres, a) - centres) ** 2 @ counts.double())) for a in centres[128:]]
+    errors = [float((scaled_e4m3(centres, a) - centres) ** 2 @ counts.double()) for a in centres[128:]]
     assert mse_amax(counts, edges, (4, 3)) == centres[128:][int(np.argmin(errors))]
 
 

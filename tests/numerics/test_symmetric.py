@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from numerics import float64_reference as reference
-from numerics.strategies import amax_for, inputs
 from torch import Tensor
 
 import qdq.functional as F
+from numerics import float64_reference as reference
+from numerics.strategies import amax_for, inputs
 from qdq.formats import IntFormat
 from qdq.kernels.reference import symmetric_quantize
 

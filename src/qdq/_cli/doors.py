@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_packages() -> None:
+def check_packages(target: str = "onnxruntime") -> None:
     """Raises CommandError unless the packages that export, verify and benchmark need are there."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx", "this command")
+    if target == "openvino":
+        require("openvino", "openvino", "verifying a file for OpenVINO")
 
 
 def check_demo() -> None:

@@ -19,7 +19,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
 
 def step(console: Console, name: str, text: str) -> None:
     """One line that says what begins."""
-    console.print(f"[bold]{name:9}[/bold] {escape(text)}")
+    console.print(f"[bold]{name:9}[/bold] {escape(text)}", soft_wrap=True)
 
 
 def decibels(value: float) -> str:
@@ -51,12 +51,15 @@ def findings(console: Console, found: Iterable[Finding]) -> None:
     """The report of `qdq doctor`."""
     for finding in found:
         colour = _COLOURS[finding.level]
-        console.print(f"[{colour}]{finding.level:8}[/{colour}] {finding.subject:13} {escape(finding.text)}")
+        console.print(
+            f"[{colour}]{finding.level:8}[/{colour}] {finding.subject:13} {escape(finding.text)}", soft_wrap=True
+        )
 
 
 def survey(console: Console, found: Survey) -> None:
     """The report of `qdq inspect`."""
-    console.print(f"{escape(str(found.path))}: {size(found.file_bytes)}, opset {found.opset}, {escape(found.producer)}")
+    heading = f"{found.path}: {size(found.file_bytes)}, opset {found.opset}, {found.producer}"
+    console.print(heading, markup=False, soft_wrap=True)
     if found.tensors:
         table = Table(
             "tensor", "role", "codes", "granularity", "step size", "zero point", "read by", title="Quantized tensors"
@@ -73,7 +76,7 @@ def survey(console: Console, found: Survey) -> None:
         console.print(table)
     integers = sum(found.integer_operations.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.integer_operations.most_common())
-    console.print(f"operations   {integers} with quantized operands" + (f" ({kinds})" if kinds else ""))
+    console.print(f"operations   {integers} with quantized operands" + (f" ({kinds})" if kinds else ""), soft_wrap=True)
     console.print(f"             {len(found.float_operations)} in float, wholly or in part")
     roles = ", ".join(f"{found.count(role)} {name}" for role, name in _ROLES.items() if found.count(role))
     console.print(f"tensors      {len(found.tensors)} quantized" + (f" ({roles})" if roles else ""))

@@ -1,7 +1,7 @@
 """Checks of tensor values at the door.
 
 On a CPU a bad value raises at once. While PyTorch traces, compiles or exports there is no value to read, so nothing is
-checked. On other devices the check is an asynchronous assert, so that no call waits for the device.
+checked. On CUDA the check is an asynchronous assert, so that no call waits for the device.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _refuse_if(bad: Callable[[], Tensor], device: torch.device, message: str, er
     """Raise ``error()`` where any element of ``bad()`` is true; asynchronously outside the CPU."""
     found = bad().any()
     if device.type != "cpu":
-        # PyTorch has no public asynchronous assert; an operator that is missing costs the check, not the result.
+        # PyTorch has no public asynchronous assert, and not every device has this one: without it, nothing is checked.
         assert_async = getattr(torch.ops.aten, "_assert_async", None)
-        if assert_async is not None:
+        if assert_async is not None and device.type == "cuda":
             assert_async.msg(torch.logical_not(found), message)
         return
     try:
