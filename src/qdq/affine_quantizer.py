@@ -62,7 +62,8 @@ class AffineQuantizer(nn.Module):
 
         Args:
             x: the tensor.
-            on_grid: x already holds values of this quantizer (an operation moved them), so that quantizing it again would
+            on_grid: x already holds values of this quantizer (an operation moved them), so that quantizing it again
+                would
                 change nothing; only an exported file needs the nodes.
 
         Raises:
@@ -76,7 +77,8 @@ class AffineQuantizer(nn.Module):
             return x
         if not self.calibrated:
             raise CalibrationError(
-                f"quantizer {self.name!r} has no range: it saw no data in calibration. Calibrate with data that reach this "
+                f"quantizer {self.name!r} has no range: it saw no data in calibration. Calibrate with data that "
+                "reach this "
                 "part of the model, or keep it in float (Recipe.exclude)"
             )
         if torch.onnx.is_in_onnx_export():
@@ -96,7 +98,8 @@ class AffineQuantizer(nn.Module):
         """
         if self.collector is not None and self.collector.nonfinite:
             raise DataError(
-                f"{self.collector.nonfinite} NaN or infinite values in the tensor of quantizer {self.name!r}, the first in "
+                f"{self.collector.nonfinite} NaN or infinite values in the tensor of quantizer {self.name!r}, "
+                "the first in "
                 "the order of the model: look at the data and at the operation before it"
             )
 
@@ -106,9 +109,7 @@ class AffineQuantizer(nn.Module):
         if collector is None or collector.total == 0:
             return
         bits = round(math.log2(self.hi - self.lo + 1))
-        amin, amax = affine_range(
-            collector, self.method, bits, percentile=self.percentile, symmetric=self.symmetric
-        )
+        amin, amax = affine_range(collector, self.method, bits, percentile=self.percentile, symmetric=self.symmetric)
         self.set_range(amin, amax)
 
     def set_range(self, amin: float, amax: float) -> None:

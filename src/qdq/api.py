@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -28,6 +27,7 @@ from .graph.place import place
 from .graph.record import KEY, InputContract, Record, record_of
 from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
 from .progress import track
+from .quiet import pytorch_internals
 from .recipe import Recipe
 
 
@@ -46,7 +46,8 @@ def quantize(
 
     Args:
         model: float32; neither it nor its train/eval mode is changed. The copy computes as in eval mode.
-        batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword arguments), or a
+        batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword
+            arguments), or a
             callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
             dropped; `((a, b), label)` and `({...}, label)` are unwrapped. One pass is made.
         target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
@@ -93,7 +94,9 @@ def quantize(
     return graph_module
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None, dynamic_shapes: Any = None) -> Path:
+def export_onnx(
+    model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None, dynamic_shapes: Any = None
+) -> Path:
     """Writes a quantized model as a Q/DQ ONNX file, or a float model as a float ONNX file.
 
     Weights are stored as integers with DequantizeLinear. The file is checked and put in place at once.
@@ -128,7 +131,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
             metadata["qdq.target"] = target.name
     assert isinstance(model, fx.GraphModule)
     record = record_of(model)
-    return write_onnx(lower(model), path, record.contract.names, list(record.output_names), opset, metadata)
+    with pytorch_internals():
+        lowered = lower(model)
+    return write_onnx(lowered, path, record.contract.names, list(record.output_names), opset, metadata)
 
 
 def verify(
@@ -147,7 +152,8 @@ def verify(
         qmodel: what `quantize` returned.
         path: what `export_onnx` wrote from it.
         batches: as for `quantize`.
-        agreement: takes the first output of simulation and file (tensors of one batch) and gives a share from 0 to 1; None
+        agreement: takes the first output of simulation and file (tensors of one batch) and gives a share from 0 to
+            1; None
             compares the argmax over the last axis.
         per_tensor: whether printing the result lists every quantized tensor.
         inputs_of, progress: as for `quantize`.
@@ -188,7 +194,8 @@ def benchmark(
 
     Args:
         path, against: the files. Rounds of the two alternate; medians and the spread of their ratio are reported.
-        inputs: one batch: an array or tensor, a sequence of them in the order of the file's inputs, or a dict by name; None
+        inputs: one batch: an array or tensor, a sequence of them in the order of the file's inputs, or a dict by
+            name; None
             draws normal values.
         batch_size: of the values drawn.
         threads: threads of one operation; None leaves it to the runtime.
@@ -234,10 +241,8 @@ def _first_call(model: nn.Module, run: Callable[[nn.Module], None], signature: A
             seen.append((bound.args, bound.kwargs))
             raise _Seen
 
-    try:
+    with contextlib.suppress(_Seen):
         run(Recorder())
-    except _Seen:
-        pass
     if not seen:
         raise DataError("the data function ran the model not once: it must call the model that it is given")
     return seen[0]
@@ -264,7 +269,9 @@ def _output_names(graph_module: fx.GraphModule) -> list[str]:
     names: list[str] = []
     if spec is not None and spec.out_spec is not None:
         with_paths = pytree.tree_leaves_with_path(pytree.tree_unflatten([0] * spec.out_spec.num_leaves, spec.out_spec))
-        names = ["_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p, _ in with_paths]
+        names = [
+            "_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p, _ in with_paths
+        ]
     if len(names) != count or any(not n or n.isdigit() for n in names):
         names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
     taken = {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"}

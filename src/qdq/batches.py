@@ -26,9 +26,9 @@ def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
 class Batches:
     """The batches of a user, each bound to `forward`: iterating gives `(args, kwargs)`.
 
-    A tensor is one positional argument, a mapping holds keyword arguments, and a tuple or list positional ones. Items of
-    a tuple beyond the parameters of `forward` (a label) are dropped, which is logged once; a tuple that fits is never
-    cut; `((a, b), label)` and `({...}, label)` are unwrapped. Numpy arrays become tensors.
+    A tensor is one positional argument, a mapping holds keyword arguments, and a tuple or list positional ones.
+    Items of a tuple beyond the parameters of `forward` (a label) are dropped, which is logged once; a tuple that
+    fits is never cut; `((a, b), label)` and `({...}, label)` are unwrapped. Numpy arrays become tensors.
 
     Args:
         data: iterable of batches. A one-shot iterator can be gone through once.
@@ -39,17 +39,15 @@ class Batches:
         DataError: `data` is no iterable of batches, holds none, or holds one that does not fit `forward`.
     """
 
-    def __init__(
-        self, data: Any, signature: inspect.Signature, inputs_of: Callable[[Any], Any] | None = None
-    ) -> None:
+    def __init__(self, data: Any, signature: inspect.Signature, inputs_of: Callable[[Any], Any] | None = None) -> None:
         if isinstance(data, (torch.Tensor, np.ndarray)):
             raise DataError(f"batches is one array of shape {tuple(data.shape)}: pass a list of batches, such as [x]")
-        if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
-            if not hasattr(data, "__getitem__") or isinstance(data, (str, bytes, Mapping)):
-                raise DataError(
-                    f"batches must be an iterable of tensors, tuples or dicts, not {type(data).__name__}; "
-                    "one dict of inputs is passed as [inputs]"
-                )
+        indexed = isinstance(data, Iterable) or hasattr(data, "__getitem__")
+        if isinstance(data, (str, bytes, Mapping)) or not indexed:
+            raise DataError(
+                f"batches must be an iterable of tensors, tuples or dicts, not {type(data).__name__}; "
+                "one dict of inputs is passed as [inputs]"
+            )
         if inputs_of is not None and not callable(inputs_of):
             raise DataError(f"inputs_of must be a callable that takes a batch, not {type(inputs_of).__name__}")
         self._one_shot = isinstance(data, Iterator)
@@ -73,10 +71,9 @@ class Batches:
         return self._first[0]
 
     def __iter__(self) -> Iterator[Inputs]:
-        yield self.first()
-        iterator = self._iterator
-        # A re-iterable source is asked anew each time; only a one-shot iterator continues where `first` stopped.
-        self._iterator = None
+        first = self.first()
+        # A re-iterable source is asked anew each time; only the first pass continues where `first` stopped.
+        iterator, self._iterator = self._iterator, None
         if iterator is None:
             if self._one_shot:
                 raise DataError(
@@ -84,8 +81,10 @@ class Batches:
                     "data that can be gone through again: pass a list or a DataLoader"
                 )
             iterator = iter(self._data)
-            next(iterator, None)
-        self._count = 1
+            self._count = 0
+        else:
+            yield first
+            self._count = 1
         for item in iterator:
             bound = self._bind(item)
             self._count += 1

@@ -61,7 +61,8 @@ def calibrate(
     missing = [q.name for q in quantizers if not q.calibrated]
     if missing:
         raise CalibrationError(
-            f"{len(missing)} quantizers saw no data: {', '.join(missing)}; calibrate with data that reach these parts of "
+            f"{len(missing)} quantizers saw no data: {', '.join(missing)}; calibrate with data that reach these "
+            "parts of "
             "the model"
         )
     fit_biases(graph_module)

@@ -13,7 +13,8 @@ from .saturation import shrink_pairs
 TINY_AMAX = 2.0**-24
 # Half of int32: the other half is left to the sum of products that the bias is added to.
 BIAS_CODE_LIMIT = 2**30
-PAIR_CANDIDATES = 41
+# Offsets to the factor on amax, round by round: from 1 to 2 in quarters, then around the best.
+PAIR_SEARCH = ((0.0, 0.25, 0.5, 0.75, 1.0), (-0.125, 0.125), (-0.0625, 0.0625))
 
 
 class WeightQuantizer(nn.Module):
@@ -68,15 +69,19 @@ class WeightQuantizer(nn.Module):
         self.step_size.copy_((amax / self.bound).reshape(self.step_size.shape))
 
     def _search_pairs(self, weight: Tensor, amax: Tensor) -> Tensor:
-        """Per channel, the amax whose codes, pairs shrunk, have the least squared error; twice amax never shrinks any."""
-        best, least = amax, torch.full_like(amax, float("inf"))
-        for factor in torch.linspace(1.0, 2.0, PAIR_CANDIDATES).tolist():
-            self._set_amax(amax * factor)
-            squared = (self._dequantized(weight) - weight).square()
-            error = squared.sum() if self.axis is None else squared.movedim(self.axis, 0).flatten(1).sum(1)
-            error = error.reshape(-1)
-            best, least = torch.where(error < least, amax * factor, best), torch.minimum(error, least)
-        return best
+        """Per channel, the amax whose codes, pairs shrunk, have the least squared error. Twice amax shrinks none."""
+        factor, least = torch.ones_like(amax), torch.full_like(amax, float("inf"))
+        for offsets in PAIR_SEARCH:
+            centre = factor
+            for offset in offsets:
+                candidate = (centre + offset).clamp(1.0, 2.0)
+                self._set_amax(amax * candidate)
+                squared = (self._dequantized(weight) - weight).square_()
+                error = squared.sum() if self.axis is None else squared.movedim(self.axis, 0).flatten(1).sum(1)
+                better = error.reshape(-1) < least
+                factor = torch.where(better, candidate, factor)
+                least = torch.where(better, error.reshape(-1), least)
+        return amax * factor
 
     def fit_bias(self, bias: Tensor, input_step: Tensor) -> None:
         """Enlarges step sizes whose bias would not fit int32 (its step is input step x weight step)."""

@@ -14,7 +14,7 @@ import yaml
 from .descriptor import QuantDescriptor
 from .errors import RecipeError
 
-CALIBRATION_METHODS = ("max", "percentile", "mse", "entropy")
+CALIBRATION_METHODS = ("auto", "max", "percentile", "mse", "entropy")
 VERSION = 1
 _SCOPE_KEYS = ("weights", "activations", "calibration")
 
@@ -54,7 +54,9 @@ class Recipe:
         activations: descriptor of activations: 8 bits, one range per tensor. A given `amax` fixes the range to
             [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not calibrated. Signedness and zero
             point are otherwise the target's choice, made from the data.
-        calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy".
+        calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" takes "max" for
+            what linears and matrix products read from float operations (the rare, large activations of transformers
+            carry meaning, and clipping them costs accuracy) and "mse" for everything else.
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: "max" or "mse" (the amax of least squared error, searched per channel).
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
@@ -71,7 +73,7 @@ class Recipe:
 
     weights: QuantDescriptor = dataclasses.field(default_factory=_default_weights)
     activations: QuantDescriptor = dataclasses.field(default_factory=_default_activations)
-    calibration: str = "mse"
+    calibration: str = "auto"
     percentile: float = 99.99
     weight_calibration: str = "max"
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -81,7 +83,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
-        overrides = {str(k): _override(v, f"overrides[{k!r}]") for k, v in _mapping(self.overrides, "overrides").items()}
+        overrides = {
+            str(k): _override(v, f"overrides[{k!r}]") for k, v in _mapping(self.overrides, "overrides").items()
+        }
         object.__setattr__(self, "overrides", overrides)
         _check_weights(self.weights, "weights")
         _check_activations(self.activations, "activations")
@@ -303,7 +307,9 @@ def _check_activations(descriptor: Any, where: str) -> None:
     if not isinstance(descriptor, QuantDescriptor):
         raise RecipeError(f"{where} must be a QuantDescriptor, not {type(descriptor).__name__}")
     if descriptor.num_bits != 8:
-        raise RecipeError(f"{where}.num_bits must be 8, the code that the targets compute with, not {descriptor.num_bits}")
+        raise RecipeError(
+            f"{where}.num_bits must be 8, the code that the targets compute with, not {descriptor.num_bits}"
+        )
     if descriptor.axis is not None:
         raise RecipeError(f"{where}.axis must be None: the targets take one range per activation tensor")
     if descriptor.amax is not None and (descriptor.amax.size != 1 or not float(descriptor.amax.item()) > 0):

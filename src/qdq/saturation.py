@@ -1,12 +1,12 @@
 """Weight codes whose products with uint8 activations cannot saturate on x86 processors without VNNI.
 
-There the kernels multiply with `vpmaddubsw`: two neighbouring products of uint8 and int8 are added in 16 bits, with saturation
-(Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2). A pair is safe when its codes have different signs,
-or when their magnitudes add up to at most 128: 255 * 128 = 32640 < 2**15. Codes of 7 bits are always safe, but few pairs of 8-bit
-codes are not, so it is enough to shrink those.
+There the kernels multiply with `vpmaddubsw`: two neighbouring products of uint8 and int8 are added in 16 bits, with
+saturation (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2). A pair is safe when its codes have
+different signs, or when their magnitudes add up to at most 128: 255 * 128 = 32640 < 2**15. Codes of 7 bits are
+always safe, but few pairs of 8-bit codes are not, so it is enough to shrink those.
 
-Which codes are neighbours is the kernel's choice. ONNX Runtime walks a convolution's weight with channels last where it has
-moved the graph to that layout, and with channels first otherwise: both are kept safe.
+Which codes are neighbours is the kernel's choice. ONNX Runtime walks a convolution's weight with channels last where
+it has moved the graph to that layout, and with channels first otherwise: both are kept safe.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
 def _shrink(rows: Tensor) -> Tensor:
     width = rows.shape[1] // 2 * 2
     first, second = rows[:, 0:width:2], rows[:, 1:width:2]
-    excess = (first.abs() + second.abs() - LARGEST_PAIR).clamp(min=0) * (first.sign() == second.sign())
+    unsafe = ((first + second).abs() > LARGEST_PAIR) & (first * second > 0)
+    where = unsafe.nonzero(as_tuple=True)
+    if where[0].numel() == 0:
+        return rows
+    one, two = first[where], second[where]
+    excess = (one + two).abs() - LARGEST_PAIR
     half = torch.div(excess, 2, rounding_mode="floor")
-    larger = first.abs() >= second.abs()
+    larger = one.abs() >= two.abs()
     out = rows.clone()
-    out[:, 0:width:2] -= first.sign() * torch.where(larger, excess - half, half)
-    out[:, 1:width:2] -= second.sign() * torch.where(larger, half, excess - half)
+    out[:, 0:width:2][where] = one - one.sign() * torch.where(larger, excess - half, half)
+    out[:, 1:width:2][where] = two - two.sign() * torch.where(larger, half, excess - half)
     return out

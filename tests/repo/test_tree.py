@@ -115,3 +115,17 @@ def test_python_in_documents_uses_names_that_exist(path: Path) -> None:
         compile(block, str(path), "exec")
         for name in re.findall(r"\bqdq\.(\w+)\(", block):
             assert hasattr(qdq, name), name
+
+
+def test_recipes_in_documents_are_recipes() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert qdq.Recipe.from_yaml(block) != qdq.Recipe()
+
+
+def test_every_extra_in_the_readme_exists() -> None:
+    known = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)) == {"onnx", "images", "demo", "openvino", "dev"}
+    assert set(re.findall(r"\.\[(\w+)\]", readme)) <= known

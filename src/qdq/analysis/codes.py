@@ -39,10 +39,13 @@ class TensorFidelity:
     sqnr_db: float
 
     def __str__(self) -> str:
-        return f"{self.name}: {100 * self.share:.4f} % differ, by {self.max_difference} at most, SQNR {self.sqnr_db:.1f} dB"
+        differ = f"{100 * self.share:.4f} % differ, by {self.max_difference} at most"
+        return f"{self.name}: {differ}, SQNR {self.sqnr_db:.1f} dB"
 
 
-def compare_codes(graph_module: fx.GraphModule, path: str | os.PathLike[str], inputs: Inputs) -> tuple[TensorFidelity, ...]:
+def compare_codes(
+    graph_module: fx.GraphModule, path: str | os.PathLike[str], inputs: Inputs
+) -> tuple[TensorFidelity, ...]:
     """Compares the codes of every quantizer call; empty where the file is too large to be opened for it."""
     path = existing_file(path)
     if os.path.getsize(path) > LARGEST_FILE or os.path.exists(f"{path}.data"):

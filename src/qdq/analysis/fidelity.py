@@ -114,7 +114,9 @@ class _Comparison:
             self.first = (args, kwargs)
         simulated = self.graph_module(*args, **kwargs)
         expected = [t.detach() for t in pytree.tree_leaves(simulated) if isinstance(t, Tensor)]
-        arrays = [np.asarray(t.detach().cpu()) for t in self.record.contract.flatten((args, kwargs)) if isinstance(t, Tensor)]
+        arrays = [
+            np.asarray(t.detach().cpu()) for t in self.record.contract.flatten((args, kwargs)) if isinstance(t, Tensor)
+        ]
         deployed = [torch.from_numpy(np.ascontiguousarray(a)) for a in self.runner(arrays)]
         if len(expected) != len(deployed):
             raise DataError(
@@ -130,7 +132,8 @@ class _Comparison:
     def _compare(self, index: int, want: Tensor, got: Tensor) -> None:
         if want.shape != got.shape:
             raise DataError(
-                f"output {index} has shape {list(got.shape)} in the file and {list(want.shape)} in the simulation: it is "
+                f"output {index} has shape {list(got.shape)} in the file and {list(want.shape)} in the "
+                "simulation: it is "
                 "another model's"
             )
         if not want.is_floating_point():
@@ -138,7 +141,9 @@ class _Comparison:
         difference = got.double() - want.double()
         finite = torch.isfinite(want)
         if not torch.equal(finite, torch.isfinite(got)):
-            raise DataError(f"output {index} has NaN or infinite values in one of file and simulation, not in the other")
+            raise DataError(
+                f"output {index} has NaN or infinite values in one of file and simulation, not in the other"
+            )
         self.signal += float(want.double()[finite].square().sum())
         self.noise += float(difference[finite].square().sum())
         quantizer = self.quantizers[index] if index < len(self.quantizers) else None
@@ -184,10 +189,13 @@ def _cause(noise: float, tensors: tuple[TensorFidelity, ...], record: Record) ->
     worst = max(differing, key=lambda t: t.max_difference)
     if worst.max_difference > 3 and not record.reduced_range and has_vnni() is False:
         return (
-            f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and its products of "
+            f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and "
+            "its products of "
             "uint8 and int8 saturate at 16 bits; quantize with Recipe(reduce_range=True)"
         )
     return (
-        f"{100 * first.share:.4f} % of the codes of {first.name} (the first tensor to differ) are {first.max_difference} "
-        f"apart: sums within float rounding of the middle between two codes. Up to {worst.max_difference} apart further on"
+        f"{100 * first.share:.4f} % of the codes of {first.name} (the first tensor to differ) are "
+        f"{first.max_difference} "
+        f"apart: sums within float rounding of the middle between two codes. Up to {worst.max_difference} apart "
+        "further on"
     )

@@ -91,9 +91,7 @@ def measure(
         return Speed(str(path), median, rounds, size, threads)
     ratios = np.array(times[1]) / np.array(times[0])
     low, middle, high = (float(v) for v in np.percentile(ratios, [10, 50, 90]))
-    return Speed(
-        str(path), median, rounds, size, threads, str(against), statistics.median(times[1]), middle, low, high
-    )
+    return Speed(str(path), median, rounds, size, threads, str(against), statistics.median(times[1]), middle, low, high)
 
 
 def _time(runner: OnnxRuntimeRunner, arrays: list[np.ndarray], repeats: int) -> float:

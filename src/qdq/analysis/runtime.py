@@ -91,7 +91,8 @@ class OnnxRuntimeRunner:
             shape = [batch_size if i == 0 and not isinstance(d, int) else d for i, d in enumerate(value.shape)]
             if not all(isinstance(d, int) for d in shape) or value.type not in ("tensor(float)", "tensor(double)"):
                 raise DataError(
-                    f"input {value.name!r} ({value.type}, shape {value.shape}) cannot be made up: pass inputs=[...], one "
+                    f"input {value.name!r} ({value.type}, shape {value.shape}) cannot be made up: pass "
+                    "inputs=[...], one "
                     "array per input of the model"
                 )
             arrays.append(generator.standard_normal(shape).astype(NUMPY_TYPES[value.type]))

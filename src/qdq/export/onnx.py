@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, need
+from ..quiet import pytorch_internals
 
 logger = logging.getLogger("qdq.export")
 
@@ -34,8 +32,8 @@ def write_onnx(
 ) -> Path:
     """Writes a lowered graph as ONNX, with dimension 0 dynamic where capture made it so.
 
-    The file is written beside its place under another name, checked by `onnx.checker`, and moved into place: a failure or
-    an interrupt leaves no broken file. Tensors of more than 2 GiB together go to `<name>.data` beside it.
+    The file is written beside its place under another name, checked by `onnx.checker`, and moved into place: a
+    failure or an interrupt leaves no broken file. Tensors of more than 2 GiB together go to `<name>.data` beside it.
 
     Raises:
         ExportError: the path cannot be written, or PyTorch's exporter does not know an operation.
@@ -49,6 +47,7 @@ def write_onnx(
     path = Path(path)
     check_writable(path)
     program = _exported(graph_module, input_names, output_names, opset)
+    _drop_traces(program)
     program.model.metadata_props.update(metadata or {})
     size = sum(t.numel() * t.element_size() for t in [*graph_module.parameters(), *graph_module.buffers()])
     external = size > EXTERNAL_DATA_ABOVE
@@ -71,7 +70,9 @@ def write_onnx(
 def check_writable(path: Path) -> None:
     """Raises ExportError where no file can be written at `path`; called before long work as well as after it."""
     if path.is_dir():
-        raise ExportError(f"cannot write {str(path)!r}: it is a folder; name a file, such as {str(path / 'model.onnx')!r}")
+        raise ExportError(
+            f"cannot write {str(path)!r}: it is a folder; name a file, such as {str(path / 'model.onnx')!r}"
+        )
     if not path.parent.is_dir():
         raise ExportError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
@@ -85,7 +86,7 @@ def _exported(
     inputs = tuple(_example(n.meta.get("val")) for n in placeholders)
     shapes = tuple(_dynamic(n.meta.get("val")) for n in placeholders)
     flat = _flat(graph_module)
-    with _quiet(), torch.no_grad():
+    with pytorch_internals(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 flat,
@@ -127,18 +128,19 @@ def _dynamic(value: Any) -> Any:
     return {i: torch.export.Dim.DYNAMIC for i, d in enumerate(value.shape) if not isinstance(d, int)}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of packages that it could use, and of its own deprecations: nothing a user could act on."""
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            noisy.setLevel(level)
+def _drop_traces(program: torch.onnx.ONNXProgram) -> None:
+    """The exporter writes stack traces, with paths of this machine, to every node; only what qdq wrote itself stays."""
+    graph = program.model.graph
+    program.model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        for key in [k for k in node.metadata_props if not k.startswith("qdq.")]:
+            del node.metadata_props[key]
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*graph.inputs, *graph.initializers.values()]:
+        value.metadata_props.clear()
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Canonical forms: operations written in terms of simpler ones, so that placement meets one spelling of each idea.
 
-They are handed to `ExportedProgram.run_decompositions`, which traces them with symbolic shapes. A form that does not apply
-returns `NotImplemented` and the operation stays as it is.
+They are handed to `ExportedProgram.run_decompositions`, which traces them with symbolic shapes. A form that does not
+apply returns `NotImplemented` and the operation stays as it is.
 """
 
 from __future__ import annotations

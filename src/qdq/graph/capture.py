@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, DataError
+from ..quiet import pytorch_internals
 from .canonical import CANONICAL_FORMS
 
 
@@ -52,7 +53,7 @@ def capture(
         if dynamic_shapes != "static":
             raise DataError(f"dynamic_shapes must be None, 'static' or what torch.export takes, not {dynamic_shapes!r}")
         dynamic_shapes = None
-    with torch.no_grad(), _plain_attention():
+    with torch.no_grad(), _plain_attention(), pytorch_internals():
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -144,7 +145,8 @@ def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
     if mutated:
         kind = "buffer or input"
         raise CaptureError(
-            f"the model writes to the {kind} {mutated[0]!r} in eval mode; a deployed graph has no state: return the new "
+            f"the model writes to the {kind} {mutated[0]!r} in eval mode; a deployed graph has no state: return "
+            "the new "
             "value instead of storing it"
         )
     tokens = [s for s in program.graph_signature.input_specs if s.kind == InputKind.TOKEN]
@@ -167,7 +169,9 @@ def _remove_guards(graph_module: fx.GraphModule) -> None:
 
 def _user_line(error: BaseException) -> str:
     """The innermost line of the traceback that is not PyTorch's own: the user's model, in most cases."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\](torch|qdq)[/\\]", f.filename)]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\](torch|qdq)[/\\]", f.filename)
+    ]
     if not frames:
         return ""
     frame = frames[-1]

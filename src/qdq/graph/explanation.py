@@ -45,7 +45,7 @@ class Explanation:
     target: str
     entries: tuple[Entry, ...]
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self.entries)
 
     def __len__(self) -> int:
@@ -82,7 +82,9 @@ class Explanation:
         for e in self.entries:
             why = e.reason
             if e.shared_with:
-                why += f"; one quantizer with {', '.join(e.shared_with[:3])}" + (" ..." if len(e.shared_with) > 3 else "")
+                why += f"; one quantizer with {', '.join(e.shared_with[:3])}" + (
+                    " ..." if len(e.shared_with) > 3 else ""
+                )
             rows.append((e.tensor, e.module, e.quantizer or "-", why))
         widths = [max(len(r[i]) for r in rows) for i in range(3)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3]]) for r in rows]
@@ -115,9 +117,7 @@ def _constant(node: fx.Node) -> bool:
     return bool(node.meta.get("qdq_constant"))
 
 
-def _activation(
-    node: fx.Node, plan: Plan, quantizers: dict[fx.Node, str], by_quantizer: dict[str, list[str]]
-) -> Entry:
+def _activation(node: fx.Node, plan: Plan, quantizers: dict[fx.Node, str], by_quantizer: dict[str, list[str]]) -> Entry:
     name = quantizers.get(node)
     if name is not None:
         reason = plan.tensors[node]
@@ -126,7 +126,15 @@ def _activation(
         reason, shared = plan.floats.get(node, "no integer operation reads it"), ()
     readers = tuple(u.name for u in node.users if node in plan.operations.get(u, []))
     return Entry(
-        node.name, "activation", operation_name(node), module_path(node), name is not None, name, reason, readers, shared
+        node.name,
+        "activation",
+        operation_name(node),
+        module_path(node),
+        name is not None,
+        name,
+        reason,
+        readers,
+        shared,
     )
 
 
@@ -137,8 +145,10 @@ def _parameter(node: fx.Node, plan: Plan, weights: dict[fx.Node, str | None]) ->
     is_weight = where is not None and reader.args[where[0]] is node
     role = "weight" if is_weight else "bias" if node.name.endswith("bias") else "parameter"
     if name is not None:
-        reason = plan.weighted.get(reader, "int32 of step input step x weight step") if is_weight else (
-            "int32, of step input step x weight step"
+        reason = (
+            plan.weighted.get(reader, "int32 of step input step x weight step")
+            if is_weight
+            else ("int32, of step input step x weight step")
         )
     elif reader in plan.floats and kind_of(reader) is not Kind.OTHER and reader not in plan.operations:
         reason = f"{operation_name(reader)}: {plan.floats[reader]}"

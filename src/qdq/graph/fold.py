@@ -33,7 +33,8 @@ def fold(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     Copies and casts that change nothing go; weights that are expressions of parameters become parameters; a batch norm
     that follows a convolution, transposed convolution or linear (whose output nothing else reads) is folded into its
-    weight and bias: w' = w * g / sqrt(v + eps), b' = (b - m) * g / sqrt(v + eps) + beta (Jacob et al. 2018, section 3.2).
+    weight and bias: w' = w * g / sqrt(v + eps), b' = (b - m) * g / sqrt(v + eps) + beta (Jacob et al. 2018, section
+    3.2).
     """
     _remove_aliases(graph_module)
     _fold_constant_weights(graph_module)

@@ -86,9 +86,7 @@ class _Insertion:
         calls: dict[tuple[str, int], fx.Node] = {}
         keys = {node: self._weight_key(node) for node in self.plan.weighted}
         positions = {node: weight_position(node)[0] for node in self.plan.weighted}  # type: ignore[index]
-        readers = {
-            t: [u for u in t.users if self._reads_codes(u, t)] for t in self.plan.tensors
-        }
+        readers = {t: [u for u in t.users if self._reads_codes(u, t)] for t in self.plan.tensors}
         for tensor in self.plan.tensors:
             self._call_activation(tensor, readers[tensor])
         for node, key in keys.items():
@@ -135,7 +133,9 @@ class _Insertion:
         pairs_axis = key[1] if reduced and self.target.pairs and bits == 8 else None
         value = attribute(self.graph_module, key[0])
         name = self._free(f"{key[0]}_quantizer")
-        quantizer = WeightQuantizer(name, bits, None if descriptor.axis is None else key[1], value.shape[key[1]], pairs_axis)
+        quantizer = WeightQuantizer(
+            name, bits, None if descriptor.axis is None else key[1], value.shape[key[1]], pairs_axis
+        )
         quantizer.fit(value, self.recipe.weight_calibration)
         self.graph_module.add_submodule(name, quantizer)
         return name
@@ -173,7 +173,7 @@ class _Insertion:
             lo,
             hi,
             symmetric=self.target.symmetric,
-            method=override.calibration or self.recipe.calibration,
+            method=self._method(override.calibration or self.recipe.calibration, root),
             percentile=float(self.recipe.percentile),
         )
         if isinstance(descriptor.amax, np.ndarray):
@@ -182,6 +182,14 @@ class _Insertion:
             quantizer.fixed = True
         self.graph_module.add_submodule(name, quantizer)
         return name
+
+    def _method(self, asked: str, root: fx.Node) -> str:
+        if asked != "auto":
+            return asked
+        members = [t for t in self.plan.tensors if self.plan.root(t) is root]
+        readers = [kind_of(u) for t in members for u in t.users if t in self.plan.operations.get(u, [])]
+        from_float = all(t not in self.plan.integer and t.op != "placeholder" for t in members)
+        return "max" if from_float and all(k in (Kind.LINEAR, Kind.MATMUL) for k in readers) else "mse"
 
     def _tensor_names(self, tensor: fx.Node) -> tuple[str, ...]:
         return (str(tensor.target),) if tensor.op == "placeholder" else names_of(tensor)

@@ -66,7 +66,13 @@ _MOVES = {
     aten.upsample_nearest3d.vec,
 }
 
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections}
+_SPLITS = {
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.tensor_split.sections,
+}
 
 # Functions of one tensor, value by value, or with a constant operand.
 _POINTWISE = {

@@ -172,15 +172,15 @@ class _Placement:
             return
         if rule.role == "weight" or weight_position(node) is not None:
             self.plan.weighted.setdefault(node, rule.note)
-        if rule.role == "compute":
-            self._quantize(node, rule, self._operands(node))
-        elif rule.role == "follow" and self._follows(node):
+        if rule.role == "compute" or (rule.role == "follow" and self._follows(node)):
             self._quantize(node, rule, self._operands(node))
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         inputs = [n for n in data_inputs(node) if is_float(n)]
         if kind_of(node) is Kind.ADD and self.target.skip_only and len(inputs) == 2:
-            fused = [n for n in inputs if n in self.plan.operations and len(n.users) == 1 and n not in self.plan.tensors]
+            fused = [
+                n for n in inputs if n in self.plan.operations and len(n.users) == 1 and n not in self.plan.tensors
+            ]
             return [n for n in inputs if n is not fused[0]] if fused else inputs
         return inputs
 

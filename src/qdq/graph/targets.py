@@ -18,7 +18,8 @@ class Rule:
 
     Attributes:
         kind: the operations that the row is about.
-        role: "compute" operations are always quantized: they ask for quantized inputs (and a quantized weight). "follow"
+        role: "compute" operations are always quantized: they ask for quantized inputs (and a quantized weight).
+            "follow"
             operations run in integers where their neighbours do, and stay in float otherwise. "weight" operations
             have a quantized weight and compute in float.
         output: whether the runtime needs a quantized output to run the operation in integers.
@@ -45,7 +46,8 @@ class Target:
         skip_only: of a residual addition only the skip branch is quantized; the other stays fused with its layer.
         attention: whether products of two activations are quantized by default.
         opset: of the exported file.
-        reduce_range: weights whose products cannot saturate at 16 bits: "auto" where this machine's x86 processor has no
+        reduce_range: weights whose products cannot saturate at 16 bits: "auto" where this machine's x86 processor
+            has no
             VNNI, True or False.
         pairs: how range is reduced: only where two neighbouring codes would saturate (the order in which the runtime
             multiplies is known), or to 7 bits for all.
@@ -76,7 +78,8 @@ class Target:
 
 _EMBEDDING = Rule(Kind.EMBEDDING, "weight", "rows are gathered as int8 and scaled by their row's step size")
 
-# The QDQ fusions of ONNX Runtime's CPU provider: a DequantizeLinear -> op -> QuantizeLinear group becomes one integer kernel.
+# The QDQ fusions of ONNX Runtime's CPU provider: a DequantizeLinear -> op -> QuantizeLinear group becomes one
+# integer kernel.
 ONNXRUNTIME = Target(
     name="onnxruntime",
     unsigned=True,
@@ -122,8 +125,8 @@ OPENVINO = Target(
     skip_only=False,
     attention=False,
     reduce_range="auto",
-    reference="https://docs.openvino.ai/2024/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html "
-    "and the low precision transformations it names",
+    reference="https://docs.openvino.ai/2024/openvino-workflow/model-optimization-guide/"
+    "quantizing-models-post-training.html and the low precision transformations it names",
 )
 
 TENSORRT = Target(
@@ -165,9 +168,11 @@ def find_target(target: str | Target) -> Target:
 
 
 def reduces_range(target: Target, asked: bool | str | None) -> bool:
-    """Whether weights avoid saturation: what the recipe asks, else the target's setting; "auto" looks at this processor.
+    """Whether weights avoid saturation: what the recipe asks, else the target's setting; "auto" looks at this
+    processor.
 
-    x86 processors without VNNI multiply u8 by s8 and add two products in 16 bits, with saturation: see `qdq.saturation`.
+    x86 processors without VNNI multiply u8 by s8 and add two products in 16 bits, with saturation: see
+    `qdq.saturation`.
     """
     setting = target.reduce_range if asked is None else asked
     return has_vnni() is False if setting == "auto" else bool(setting)
