@@ -58,10 +58,7 @@ class Batches:
         self._iterator: Iterator[Any] | None = None
         self._count = 0
         self._told = False
-        try:
-            self.total: int | None = len(data)
-        except TypeError:
-            self.total = None
+        self.total: int | None = _length(data)
 
     def first(self) -> Inputs:
         """The first batch, without losing it to a later iteration over a one-shot iterator."""
@@ -169,6 +166,13 @@ class Batches:
         if not self._told:
             logger.warning(message)
             self._told = True
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # generators have none, and a DataLoader over an iterable dataset refuses to tell
+        return None
 
 
 def describe(value: Any) -> str:

@@ -136,16 +136,15 @@ def _linear_as_matmul(
     known: dict[tuple[str, bool], str],
 ) -> None:
     """Stores the weight transposed: a Transpose between DequantizeLinear and MatMul would hide the integer pattern."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    source, weight, bias = (*linear.args, None)[:3]
+    assert isinstance(weight, fx.Node)
     with lowered.graph.inserting_before(linear):
-        product = lowered.graph.call_function(aten.matmul.default, (linear.args[0], linear.args[1]))
+        product = lowered.graph.call_function(aten.matmul.default, (source, weight))
         product.meta = dict(linear.meta)
         result = product
         if bias is not None:
             result = lowered.graph.call_function(aten.add.Tensor, (product, bias))
             result.meta = dict(linear.meta)
-    weight = linear.args[1]
-    assert isinstance(weight, fx.Node)
     linear.replace_all_uses_with(result)
     lowered.graph.erase_node(linear)
     transposed = None if axis is None else 1 - axis

@@ -8,13 +8,14 @@ import re
 import traceback
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from ..batches import Inputs
 from ..errors import CaptureError, DataError
 from ..quiet import pytorch_internals
 from .canonical import CANONICAL_FORMS
@@ -46,8 +47,8 @@ def capture(
     kwargs = dict(kwargs or {})
     _check_inputs(args, kwargs)
     if dynamic_shapes is None:
-        args, kwargs = pytree.tree_map(_widen, (args, kwargs))
-        leading = pytree.tree_map(_leading_dimension, (args, kwargs))
+        args, kwargs = cast(Inputs, pytree.tree_map(_widen, (args, kwargs)))
+        leading = cast(Inputs, pytree.tree_map(_leading_dimension, (args, kwargs)))
         dynamic_shapes = _by_parameter(model, *leading)
     elif isinstance(dynamic_shapes, str):
         if dynamic_shapes != "static":
