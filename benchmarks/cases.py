@@ -38,11 +38,11 @@ class Case:
     tasks: dict[str, Callable[[Run], float]] = field(default_factory=dict)
 
 
-def build(name: str, batch: int = 1, init: str = "low-pass") -> Case:
+def build(name: str, batch: int = 1, init: str = "measured") -> Case:
     """The case of that name; `batch` is the batch size that latency is measured at.
 
-    `init` says how models without trained weights are drawn: `"low-pass"` (`fixtures.seeding`) or `"torchvision"`, its
-    default initialisation with batch norms that do nothing.
+    `init` says how models without trained weights are drawn: `"measured"` (batch norms with measured statistics, random
+    scales and shifts: `fixtures.seeding`) or `"torchvision"`, its own initialisation, where batch norms do nothing.
 
     Raises:
         KeyError: no case has that name.
@@ -165,5 +165,5 @@ _TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {
 }
 _REAL: dict[str, Callable[[int], Case]] = {"s1": _s1, "p1": _p1, "minilm": _minilm}
 
-DEFAULT = ("s1", "p1", "mobilenet_v2", "resnet18", "resnet50", "vit_b_16", "minilm")
+DEFAULT = ("s1", "p1", "mobilenet_v2", "resnet18", "resnet50", "vit_b_32", "minilm")
 EXTRA = ("mobilenet_v3_large", "efficientnet_b0", "densenet121", "googlenet", "inception_v3")

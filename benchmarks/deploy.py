@@ -81,7 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--seconds", type=float, default=0.3, help="length of one turn in a round (default 0.3)")
     parser.add_argument("--batch", type=int, default=1, help="batch size of the latency (default 1)")
-    parser.add_argument("--init", choices=("low-pass", "torchvision"), default="low-pass", help="see README.md")
+    parser.add_argument("--init", choices=("measured", "torchvision"), default="measured", help="see README.md")
     parser.add_argument("--skip-peers", action="store_true", help="fp32 and qdq only")
     parser.add_argument("--skip-qdq", action="store_true", help="fp32 and the peers only")
     parser.add_argument("--skip-nncf", action="store_true", help="no NNCF")

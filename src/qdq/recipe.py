@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import translate
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class Recipe:
             if value == getattr(default, field.name):
                 continue
             if isinstance(value, QuantDescriptor):
-                value = value.dict()
+                value = _descriptor_dict(value, getattr(default, field.name))
             elif field.name == "overrides":
                 value = {k: _override_dict(v) for k, v in value.items()}
             elif isinstance(value, tuple):
@@ -218,7 +218,7 @@ def _mapping(value: Any, what: str) -> Mapping[str, Any]:
 def _patterns(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         raise RecipeError(f"exclude must be a list of patterns, not the string {value!r}")
-    if not all(isinstance(p, str) for p in value):
+    if not isinstance(value, Iterable) or not all(isinstance(p, str) for p in value):
         raise RecipeError("exclude must be a list of strings (glob patterns)")
     return tuple(value)
 
@@ -257,8 +257,16 @@ def _override_dict(override: Override) -> Any:
     for key in _SCOPE_KEYS:
         value = getattr(override, key)
         if value is not None:
-            out[key] = value.dict() if isinstance(value, QuantDescriptor) else value
+            default = _default_weights() if key == "weights" else _default_activations()
+            out[key] = _descriptor_dict(value, default) if isinstance(value, QuantDescriptor) else value
     return out
+
+
+def _descriptor_dict(descriptor: QuantDescriptor, default: QuantDescriptor) -> dict[str, Any]:
+    """A descriptor as plain data for a reader that fills what is missing from `default`, not from the class's defaults."""
+    fields = descriptor.dict()
+    fields.update({key: getattr(descriptor, key) for key in default.dict() if key not in fields})
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 
 def _descriptor(value: Any, where: str, default: QuantDescriptor) -> QuantDescriptor:

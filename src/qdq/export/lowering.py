@@ -12,6 +12,7 @@ from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..errors import CalibrationError
 from ..graph.fold import attribute
 from ..graph.ops import Kind, kind_of, rank_of
+from ..integer_operations import IntegerOperation
 from ..onnx_nodes import OPSET, dequantize
 
 aten = torch.ops.aten
@@ -82,6 +83,13 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
     missing = [n for n, m in modules.items() if isinstance(m, AffineQuantizer) and m.enabled and not m.calibrated]
     if missing:
         raise CalibrationError(f"cannot export: {len(missing)} quantizers have no range: {', '.join(missing)}")
+    for node in list(lowered.graph.nodes):
+        if node.op == "call_module" and isinstance(module := modules.get(str(node.target)), IntegerOperation):
+            with lowered.graph.inserting_before(node):
+                plain = lowered.graph.call_function(module.operation, node.args)
+            plain.meta = dict(node.meta)
+            node.replace_all_uses_with(plain)
+            lowered.graph.erase_node(node)
     weights: dict[tuple[str, bool], str] = {}
     for node in list(lowered.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None

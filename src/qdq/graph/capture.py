@@ -63,8 +63,8 @@ def capture(
             ) from error
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-            _refuse_mutation(program)
             program = program.run_decompositions(dict(CANONICAL_FORMS))
+            _refuse_mutation(program)  # only now: what torch.export gives first still has in-place operations
         except CaptureError:
             raise
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _fold_constant_weights(graph_module: fx.GraphModule) -> None:
                 continue
             if operand not in known:
                 source = next(n for n in _ancestors(operand) if n.op == "get_attr")
-                base = str(source.target).removesuffix(".original0").replace(".parametrizations", "")
+                base = re.sub(r"(^|\.)parametrizations\.(.*)\.original\d*$", r"\1\2", str(source.target))
                 known[operand] = add_parameter(graph_module, f"{base}_folded", _evaluate(graph_module, operand))
             with graph_module.graph.inserting_before(node):
                 attribute = get_attribute(graph_module, known[operand], operand)

@@ -10,6 +10,13 @@ from torch import fx
 
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..integer_operations import (
+    IntegerAdd,
+    IntegerConvolution,
+    IntegerGlobalAverage,
+    IntegerMul,
+    IntegerOperation,
+)
 from ..recipe import Recipe
 from .explanation import Explanation, explain_plan
 from .fold import attribute
@@ -25,7 +32,7 @@ from .ops import (
     rank_of,
     weight_position,
 )
-from .place import Plan, names_of
+from .place import Plan, names_of, tail
 from .targets import Target, reduces_range
 
 
@@ -48,6 +55,14 @@ def insert(
     return graph_module, explanation
 
 
+EXACT_FORMS: dict[Kind, type[IntegerOperation]] = {
+    Kind.CONVOLUTION: IntegerConvolution,
+    Kind.ADD: IntegerAdd,
+    Kind.MUL: IntegerMul,
+    Kind.GLOBAL_AVERAGE: IntegerGlobalAverage,
+}
+
+
 class _Insertion:
     """Modules first, while the graph still is what the placement speaks of; then the edits."""
 
@@ -60,6 +75,8 @@ class _Insertion:
         self.activations: dict[fx.Node, str] = {}
         self.weights: dict[tuple[str, int], str] = {}
         self.biases: dict[fx.Node, str] = {}
+        self.kinds = {node: kind_of(node) for node in plan.operations}
+        self.tails = {node: tail(node) for node in plan.operations}
 
     def prepare(self) -> Explanation:
         for tensor in sorted(self.plan.tensors, key=self.order.__getitem__):
@@ -99,6 +116,38 @@ class _Insertion:
             node.update_arg(positions[node], calls[key])
         for node, name in self.biases.items():
             self._call_bias(node, name)
+        if self.target.exact:
+            for node in self.plan.operations:
+                self._call_exact(node)
+
+    def _call_exact(self, node: fx.Node) -> None:
+        """Replaces an operation between quantizers by the module that simulates it in integers."""
+        kind, result = self.kinds[node], self.tails[node]
+        form = EXACT_FORMS.get(kind)
+        if form is None or result not in self.plan.integer or node.kwargs:
+            return
+        modules = dict(self.graph_module.named_modules())
+        around = [modules.get(str(n.target)) for n in node.all_input_nodes if n.op == "call_module"]
+        inputs = tuple(m for m in around if isinstance(m, AffineQuantizer))
+        constants = tuple(m for m in around if isinstance(m, (WeightQuantizer, BiasQuantizer)))
+        output = modules[self.activations[self.plan.root(result)]]
+        assert isinstance(output, AffineQuantizer) and callable(node.target)
+        if kind in (Kind.ADD, Kind.MUL):
+            inputs = tuple(
+                m for a in node.args if isinstance(m := modules.get(str(getattr(a, "target", ""))), AffineQuantizer)
+            )
+            if len(inputs) != 2:
+                return
+        if kind is Kind.CONVOLUTION and len(constants) != 1 + (len(node.args) > 2 and node.args[2] is not None):
+            return
+        path = module_path(node)
+        name = self._free(".".join(p for p in (path, f"integer_{operation_name(node)}") if p))
+        self.graph_module.add_submodule(name, form(node.target, inputs, output, constants))
+        with self.graph.inserting_before(node):
+            call = self.graph.call_module(name, node.args)
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        self.graph.erase_node(node)
 
     def _call_activation(self, tensor: fx.Node, readers: list[fx.Node]) -> None:
         arguments: dict[str, Any] = {} if self.sources[tensor] else {"on_grid": True}

@@ -45,6 +45,7 @@ class Target:
         integer_bias: biases of integer convolutions and linears are int32 of step activation step x weight step.
         skip_only: of a residual addition only the skip branch is quantized; the other stays fused with its layer.
         attention: whether products of two activations are quantized by default.
+        exact: whether operations are simulated in the runtime's own integer arithmetic (`qdq.integer_operations`).
         opset: of the exported file.
         reduce_range: weights whose products cannot saturate at 16 bits: "auto" where this machine's x86 processor
             has no
@@ -64,6 +65,7 @@ class Target:
     reduce_range: bool | str
     reference: str
     pairs: bool = False
+    exact: bool = False
     opset: int = 21
 
     def rule(self, kind: Kind) -> Rule | None:
@@ -101,6 +103,7 @@ ONNXRUNTIME = Target(
     attention=False,
     reduce_range="auto",
     pairs=True,
+    exact=True,
     reference="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and "
     "https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
 )

@@ -1,0 +1,241 @@
+"""Recipes: what they take, what files of them hold, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdq import Override, QuantDescriptor, Recipe, RecipeError
+from qdq.recipe import CALIBRATION_METHODS, matches
+
+PER_TENSOR = QuantDescriptor(num_bits=4, axis=None, narrow_range=True)
+FIXED = QuantDescriptor(num_bits=8, amax=2.5)
+
+weights = st.builds(
+    lambda bits, axis: QuantDescriptor(num_bits=bits, axis=axis, narrow_range=True),
+    st.integers(2, 8),
+    st.sampled_from([None, 0, (0,)]),
+)
+activations = st.builds(
+    lambda amax, unsigned: QuantDescriptor(num_bits=8, calib_method="histogram", amax=amax, unsigned=unsigned),
+    st.none() | st.floats(0.125, 100.0, width=32),
+    st.booleans(),
+)
+methods = st.sampled_from(CALIBRATION_METHODS)
+names = st.text("abc.*?[]012_ äß'\"#:", min_size=1, max_size=12)
+overrides = st.dictionaries(
+    names,
+    st.just(float)
+    | st.builds(
+        Override,
+        quantize=st.just(True),
+        weights=st.none() | weights,
+        activations=st.none() | activations,
+        calibration=st.none() | methods,
+    ),
+    max_size=3,
+)
+recipes = st.builds(
+    Recipe,
+    weights=weights,
+    activations=activations,
+    calibration=methods,
+    percentile=st.floats(50.5, 100.0),
+    weight_calibration=st.sampled_from(["max", "mse"]),
+    overrides=overrides,
+    exclude=st.lists(names, max_size=3).map(tuple),
+    attention=st.sampled_from([None, True, False]),
+    reduce_range=st.sampled_from([None, True, False, "auto"]),
+)
+few = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+@few
+@given(recipes)
+def test_yaml_and_plain_data_give_an_equal_recipe_back(recipe: Recipe) -> None:
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.to_dict()["version"] == 1
+
+
+def test_the_default_recipe_is_an_empty_file() -> None:
+    assert Recipe().to_dict() == {"version": 1}
+    assert Recipe.from_yaml("") == Recipe.from_toml("") == Recipe.from_dict({}) == Recipe()
+
+
+YAML = """
+version: 1
+weights: {num_bits: 4}
+calibration: percentile
+percentile: 99.9
+exclude: ["*.head", fc]
+overrides:
+  "stem.*": float
+  "blocks.0": {weights: {num_bits: 4, axis: null}, calibration: max}
+  "blocks.1": {activations: {amax: 6}}
+attention: true
+"""
+TOML = """
+version = 1
+calibration = "percentile"
+percentile = 99.9
+exclude = ["*.head", "fc"]
+attention = true
+weights = {num_bits = 4}
+[overrides]
+"stem.*" = "float"
+"blocks.0" = {weights = {num_bits = 4}, calibration = "max"}
+"blocks.1" = {activations = {amax = 6}}
+"""
+
+
+def check(recipe: Recipe, axis: Any) -> None:
+    # What a file does not say about a descriptor keeps the default, the axis above all.
+    assert recipe.weights == QuantDescriptor(num_bits=4, axis=0, narrow_range=True)
+    assert (recipe.calibration, recipe.percentile, recipe.attention) == ("percentile", 99.9, True)
+    assert recipe.exclude == ("*.head", "fc")
+    assert recipe.overrides["stem.*"] == Override(quantize=False)
+    assert recipe.overrides["blocks.0"].weights == QuantDescriptor(num_bits=4, axis=axis, narrow_range=True)
+    assert recipe.overrides["blocks.0"].calibration == "max"
+    assert float(recipe.overrides["blocks.1"].activations.amax) == 6.0
+
+
+def test_yaml_and_toml_by_hand(tmp_path: Path) -> None:
+    check(Recipe.from_yaml(YAML), None)
+    check(Recipe.from_toml(TOML), 0)
+    for name, text in (("r.yaml", YAML), ("r.YML", YAML), ("r.toml", TOML)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        check(Recipe.load(tmp_path / name), 0 if name.endswith("toml") else None)
+        check(Recipe.load(str(tmp_path / name)), 0 if name.endswith("toml") else None)
+
+
+def test_float_the_type_and_the_word_keep_a_module_in_float() -> None:
+    for value in (float, "float", Override(quantize=False)):
+        assert Recipe(overrides={"a": value}).for_name("a") == Override(quantize=False)
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().calibration = "max"  # type: ignore[misc]
+
+
+def test_later_patterns_win_and_fields_merge() -> None:
+    recipe = Recipe(
+        overrides={
+            "*": Override(calibration="max", weights=PER_TENSOR),
+            "a.*": Override(calibration="entropy"),
+            "a.b": Override(activations=FIXED),
+        }
+    )
+    assert recipe.for_name("c") == Override(calibration="max", weights=PER_TENSOR)
+    assert recipe.for_name("a.c") == Override(calibration="entropy", weights=PER_TENSOR)
+    assert recipe.for_name("a.b.weight") == Override(calibration="entropy", weights=PER_TENSOR, activations=FIXED)
+    assert Recipe(overrides={"a": Override()}, exclude=("a",)).for_name("a").quantize is False
+    assert Recipe(overrides={"a": float}).for_name("b", "c") == Override()
+    assert Recipe(overrides={"a": float}, exclude=["b"]).patterns() == ["a", "b"]
+
+
+def test_an_override_may_bring_a_module_back() -> None:
+    recipe = Recipe(overrides={"*": float, "head": Override(quantize=True)})
+    assert recipe.for_name("head").quantize is True
+    assert recipe.for_name("body").quantize is False
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("head", "head", True),
+        ("head", "head.0.weight", True),
+        ("head", "heads", False),
+        ("head", "body.head", False),
+        ("*.head", "body.head.fc.weight", True),
+        ("*.head", "head", False),
+        ("blocks.?.conv", "blocks.3.conv.weight", True),
+        ("blocks.[01].*", "blocks.2.conv", False),
+        ("Head", "head", False),
+    ],
+)
+def test_patterns_name_a_module_and_everything_inside_it(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"weights": 8}, "weights must be a QuantDescriptor, not int"),
+    ({"weights": QuantDescriptor(num_bits=1)}, "weights.num_bits must be an integer from 2 to 8, not 1"),
+    ({"weights": QuantDescriptor(num_bits=9)}, "weights.num_bits must be an integer from 2 to 8, not 9"),
+    ({"weights": QuantDescriptor(num_bits=(4, 3))}, "weights.num_bits must be an integer from 2 to 8, not .4, 3."),
+    ({"weights": QuantDescriptor(axis=1)}, "weights.axis must be 0 .per output channel. or None .per tensor., not 1"),
+    ({"weights": QuantDescriptor(unsigned=True)}, "weights.unsigned must be False"),
+    ({"weights": QuantDescriptor(fake_quant=False)}, "weights: fake_quant=False, learn_amax and scale_amax have no mean"),
+    ({"weights": QuantDescriptor(amax=1.0)}, "weights.amax must be None: the amax of a weight is taken from"),
+    ({"activations": "int8"}, "activations must be a QuantDescriptor, not str"),
+    ({"activations": QuantDescriptor(num_bits=4)}, "activations.num_bits must be 8, the code that the targets comp"),
+    ({"activations": QuantDescriptor(axis=0)}, "activations.axis must be None: the targets take one range"),
+    ({"activations": QuantDescriptor(amax=[1.0, 2.0])}, "activations.amax must be one positive number"),
+    ({"activations": QuantDescriptor(amax=0.0)}, "activations.amax must be one positive number"),
+    ({"activations": QuantDescriptor(learn_amax=True)}, "activations: fake_quant=False, learn_amax and scale_amax"),
+    ({"activations": QuantDescriptor(scale_amax=0.9)}, "activations: fake_quant=False, learn_amax and scale_amax"),
+    ({"calibration": "kl"}, "calibration must be one of auto, max, percentile, mse, entropy, not 'kl'"),
+    ({"weight_calibration": "entropy"}, "weight_calibration must be one of max, mse, not 'entropy'"),
+    ({"percentile": 50.0}, r"percentile must lie in \(50, 100\], not 50.0"),
+    ({"percentile": 100.5}, r"percentile must lie in \(50, 100\], not 100.5"),
+    ({"percentile": float("nan")}, r"percentile must lie in \(50, 100\], not nan"),
+    ({"percentile": "99"}, "percentile must be a number, not '99'"),
+    ({"percentile": True}, "percentile must be a number, not True"),
+    ({"reduce_range": "yes"}, "reduce_range must be True, False or 'auto', not 'yes'"),
+    ({"attention": "yes"}, "attention must be True, False or None, not 'yes'"),
+    ({"exclude": "*.head"}, "exclude must be a list of patterns, not the string"),
+    ({"exclude": [1]}, "exclude must be a list of strings"),
+    ({"exclude": 3}, "exclude must be a list"),
+    ({"overrides": ["*.head"]}, "overrides must be a mapping, not list"),
+    ({"overrides": {"a": 4}}, r"overrides\['a'\] must be `float`, an Override or a mapping, not 4"),
+    ({"overrides": {"a": {"bits": 4}}}, r"unknown key 'bits' in overrides\['a'\]; known keys: weights, activations, cal"),
+    ({"overrides": {"a": {"calibration": "kl"}}}, r"overrides\['a'\].calibration must be one of auto"),
+    ({"overrides": {"a": {"weights": {"num_bits": 16}}}}, r"overrides\['a'\].weights.num_bits must be an integer from 2"),
+    ({"overrides": {"a": {"weights": 4}}}, r"overrides\['a'\].weights must be a mapping, not int"),
+    ({"overrides": {"a": {"weights": {"bits": 4}}}}, r"overrides\['a'\].weights: .*bits"),
+    ({"overrides": {"a": Override(activations=PER_TENSOR)}}, r"overrides\['a'\].activations.num_bits must be 8"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_values_out_of_range_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("calibrations: max", "unknown key 'calibrations' in recipe; known keys: weights, activations, calibration, p"),
+        ("version: 2", "recipe version 2 is not known here; this qdq reads version 1"),
+        ("- a\n- b", "a recipe must be a mapping, not list"),
+        ("weights: 4", "weights must be a mapping, not int"),
+        ("weights: {num_bits: 4, colour: red}", "weights: .*colour"),
+        ("weights: {num_bits: four}", "weights: .*num_bits"),
+        ("weights: {num_bits: [4, 3]}", r"weights.num_bits must be an integer from 2 to 8, not \(4, 3\)"),
+        ("a: [", "the recipe is not valid YAML"),
+    ],
+)
+def test_files_with_mistakes_are_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(text)
+
+
+def test_toml_with_mistakes_is_refused() -> None:
+    with pytest.raises(RecipeError, match="the recipe is not valid TOML"):
+        Recipe.from_toml("a = [")
+    with pytest.raises(RecipeError, match="unknown key 'a' in recipe"):
+        Recipe.from_toml("a = 1")
+
+
+def test_paths_with_mistakes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="r.json' must end in .yaml, .yml or .toml"):
+        Recipe.load(tmp_path / "r.json")
+    with pytest.raises(RecipeError, match="r.yaml' cannot be read: No such file or directory"):
+        Recipe.load(tmp_path / "r.yaml")
