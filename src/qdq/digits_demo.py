@@ -26,7 +26,7 @@ SIDE = 32
 EPOCHS = 4
 BATCH = 32
 LEARNING_RATE = 3e-3
-TRAIN_SECONDS = 45.0
+MIN_ACCURACY = 0.95
 TEST_SHARE = 0.2
 CALIBRATION_IMAGES = 256
 ROUNDS = 30
@@ -90,11 +90,10 @@ def load_digits(seed: int = 0) -> Digits:
     return Digits(images[train], answers[train], images[test], answers[test])
 
 
-def train_network(digits: Digits, *, epochs: int, seconds: float = TRAIN_SECONDS, seed: int = 0) -> DigitNet:
+def train_network(digits: Digits, *, epochs: int, seed: int = 0) -> DigitNet:
     """Trains from random weights with AdamW; returns the network in evaluation mode.
 
-    The learning rate rises over the first tenth and falls along a cosine to zero, by the share of ``epochs`` or of
-    ``seconds`` that has passed, whichever is more: a busy machine trains less, but to the end of the schedule.
+    The learning rate rises over the first tenth of the steps and falls along a cosine to zero.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,11 +101,8 @@ def train_network(digits: Digits, *, epochs: int, seconds: float = TRAIN_SECONDS
         count = len(digits.train_images)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         batches = [rows for _ in range(epochs) for rows in torch.randperm(count).split(BATCH)]
-        start = time.perf_counter()
         for index, rows in enumerate(batches):
-            share = max(index / len(batches), (time.perf_counter() - start) / seconds)
-            if share >= 1:
-                break
+            share = index / len(batches)
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1.0, 10 * share + 0.01) * 0.5 * (1 + math.cos(math.pi * share))
             loss = F.cross_entropy(model(digits.train_images[rows]), digits.train_labels[rows])
@@ -125,9 +121,14 @@ def accuracy(path: Path, images: torch.Tensor, labels: torch.Tensor) -> float:
     return (answers == labels).float().mean().item()
 
 
-def reasons_against(sqnr_db: float, accuracy_loss: float, sizes: tuple[int, int]) -> list[str]:
-    """Why the deployment does not hold, if it does not. ``sizes`` are the bytes of the float and of the int8 file."""
+def reasons_against(sqnr_db: float, accuracy: float, accuracy_loss: float, sizes: tuple[int, int]) -> list[str]:
+    """Why the deployment does not hold, if it does not.
+
+    ``accuracy`` is that of the float file; ``sizes`` are the bytes of the float and of the int8 file.
+    """
     reasons = []
+    if accuracy < MIN_ACCURACY:
+        reasons.append(f"the float network has learnt too little: {accuracy:.2%} right, expected {MIN_ACCURACY:.0%}")
     if not sqnr_db >= MIN_SQNR_DB:
         reasons.append(f"the deployment differs from the simulation (SQNR {sqnr_db:.1f} dB)")
     if accuracy_loss > MAX_ACCURACY_LOSS:
@@ -188,7 +189,7 @@ def run(folder: Path, *, console: Console, seed: int = 0) -> bool:
             ],
         )
     )
-    reasons = reasons_against(fidelity.sqnr_db, before - after, sizes)
+    reasons = reasons_against(fidelity.sqnr_db, before, before - after, sizes)
     if reasons:
         console.print(f"[red]FAILED[/red]: {'; '.join(reasons)}", soft_wrap=True)
         return False

@@ -2,8 +2,8 @@
 
 Simulated in float32, a sum that lies within rounding of the middle between two codes may fall to the other side than in
 the runtime. One such code in a million is harmless in itself, but deep networks spread it. So, in inference, the
-operations below compute what the runtime's kernels do: exact integer sums, and the same few float32 operations after them. The
-result lies on the grid of the quantizer that follows, which finds nothing left to round.
+operations below compute what the runtime's kernels do: exact integer sums, and the same few float32 operations after
+them. The result lies on the grid of the quantizer that follows, which finds nothing left to round.
 
 Where gradients are recorded, while a graph is captured or compiled, and while a quantizer around the operation is
 disabled or collecting, the plain PyTorch operation runs.
@@ -73,7 +73,8 @@ class IntegerConvolution(IntegerOperation):
     """QLinearConv: exact sums of codes and int32 bias; times step_x * step_w / step_y in float32; half to even."""
 
     def exact(self, *args: Any) -> Tensor:
-        x, weight, bias, *rest = (*args, None)[: max(len(args), 3)]
+        x, weight = args[:2]
+        bias, rest = args[2] if len(args) > 2 else None, list(args[3:])
         input_step, output_step = self.inputs[0].step_size, self.output[0].step_size
         quantizer = self.constants[0]
         assert isinstance(quantizer, WeightQuantizer)

@@ -100,11 +100,14 @@ class Recipe:
         if self.attention not in (None, True, False):
             raise RecipeError(f"attention must be True, False or None, not {self.attention!r}")
 
-    def for_name(self, *names: str) -> Override:
-        """The override that applies to an operation known by these names (module path, parameter names)."""
+    def for_name(self, *names: str, node: str = "") -> Override:
+        """The override that applies to an operation known by these names (module path, parameter names).
+
+        `node`, its name in the graph, must be given by a pattern in full: no glob pattern is meant for such names.
+        """
         merged = Override()
         for pattern, override in self._rules():
-            if any(matches(pattern, name) for name in names):
+            if pattern == node or any(matches(pattern, name) for name in names):
                 given = {f.name: getattr(override, f.name) for f in dataclasses.fields(Override)}
                 merged = dataclasses.replace(merged, **{k: v for k, v in given.items() if v is not None})
         return merged

@@ -174,7 +174,9 @@ def test_numpy_arrays_of_objects_are_refused():
 
 @pytest.mark.parametrize("array", [X, X.numpy()])
 def test_one_array_in_place_of_a_list_is_refused(array):
-    with pytest.raises(DataError, match=r"batches is one array of shape \(2, 3\): pass a list of batches, such as \[x\]"):
+    with pytest.raises(
+        DataError, match=r"batches is one array of shape \(2, 3\): pass a list of batches, such as \[x\]"
+    ):
         Batches(array, signature_of(one))
 
 

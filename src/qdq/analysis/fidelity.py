@@ -103,7 +103,7 @@ class _Comparison:
         self.first: Inputs | None = None
         self.samples = 0
         self.signal = self.noise = self.agreed = 0.0
-        self.compared = 0
+        self.compared = self.nonfinite = 0
         self.max_steps: float | None = None
         modules = dict(graph_module.named_modules())
         self.quantizers = [modules.get(name) if name else None for name in record.outputs]
@@ -117,7 +117,7 @@ class _Comparison:
         arrays = [
             np.asarray(t.detach().cpu()) for t in self.record.contract.flatten((args, kwargs)) if isinstance(t, Tensor)
         ]
-        deployed = [torch.from_numpy(np.ascontiguousarray(a)) for a in self.runner(arrays)]
+        deployed = [torch.from_numpy(np.array(a)) for a in self.runner(arrays)]
         if len(expected) != len(deployed):
             raise DataError(
                 f"the file gives {len(deployed)} outputs and the simulation {len(expected)}: it is another model's"
@@ -137,15 +137,19 @@ class _Comparison:
                 "another model's"
             )
         if not want.is_floating_point():
+            # A class or a mask has no distance: each that differs is noise of one unit.
+            self.signal += float(want.numel())
+            self.noise += float((want != got).sum())
             return
-        difference = got.double() - want.double()
         finite = torch.isfinite(want)
         if not torch.equal(finite, torch.isfinite(got)):
             raise DataError(
                 f"output {index} has NaN or infinite values in one of file and simulation, not in the other"
             )
-        self.signal += float(want.double()[finite].square().sum())
-        self.noise += float(difference[finite].square().sum())
+        self.nonfinite += int((~finite).sum())
+        difference = torch.where(finite, got.double() - want.double(), 0.0)
+        self.signal += float(torch.where(finite, want.double(), 0.0).square().sum())
+        self.noise += float(difference.square().sum())
         quantizer = self.quantizers[index] if index < len(self.quantizers) else None
         if isinstance(quantizer, AffineQuantizer) and want.numel():
             steps = float(difference.abs().max()) / float(quantizer.step_size)
@@ -155,13 +159,18 @@ class _Comparison:
         if self.agreement is not None:
             weight = want.shape[0] if want.dim() else 1
             self.agreed += float(self.agreement(want, got)) * weight
-        elif want.dim() == 0 or want.shape[-1] < 2:
+        elif want.dim() == 0 or want.shape[-1] < 2 or not want.is_floating_point():
             return
         else:
             equal = want.argmax(-1) == got.argmax(-1)
             weight = equal.numel()
             self.agreed += float(equal.double().sum())
         self.compared += weight
+
+    def _left_out(self) -> str:
+        if not self.nonfinite:
+            return ""
+        return f"; {self.nonfinite} NaN or infinite values, in both alike, are left out"
 
     def result(self, tensors: tuple[TensorFidelity, ...], per_tensor: bool) -> Fidelity:
         sqnr = math.inf if self.noise == 0 else -math.inf
@@ -174,28 +183,36 @@ class _Comparison:
             runtime=self.runner.name,
             samples=self.samples,
             tensors=tensors,
-            cause=_cause(self.noise, tensors, self.record),
+            cause=_cause(sqnr, tensors, self.record, self.graph_module) + self._left_out(),
             shows_tensors=per_tensor,
         )
 
 
-def _cause(noise: float, tensors: tuple[TensorFidelity, ...], record: Record) -> str:
-    if noise == 0:
+# float32 rounding alone leaves more than this, in dB, in models of any usual depth.
+ROUNDING_SQNR = 60.0
+
+
+def _cause(sqnr_db: float, tensors: tuple[TensorFidelity, ...], record: Record, graph_module: fx.GraphModule) -> str:
+    if sqnr_db == math.inf:
         return "every output is equal"
+    drawn = [n.name for n in graph_module.graph.nodes if "rand" in str(n.target) or "dropout" in str(n.target)]
+    if drawn:
+        return f"the model draws random numbers ({', '.join(drawn[:3])}): two runs of it differ in themselves"
     differing = [t for t in tensors if t.share > 0]
     if not differing:
-        return "every code is equal; the outputs differ by float rounding in the operations left in float"
+        where = "in the operations left in float"
+        if sqnr_db < ROUNDING_SQNR:
+            return f"no quantized tensor that could be compared differs: look for the difference {where}"
+        return f"every code is equal; the outputs differ by float rounding {where}"
     first = differing[0]
     worst = max(differing, key=lambda t: t.max_difference)
     if worst.max_difference > 3 and not record.reduced_range and has_vnni() is False:
         return (
-            f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and "
-            "its products of "
-            "uint8 and int8 saturate at 16 bits; quantize with Recipe(reduce_range=True)"
+            f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and its "
+            "products of uint8 and int8 saturate at 16 bits; quantize with Recipe(reduce_range=True)"
         )
     return (
         f"{100 * first.share:.4f} % of the codes of {first.name} (the first tensor to differ) are "
-        f"{first.max_difference} "
-        f"apart: sums within float rounding of the middle between two codes. Up to {worst.max_difference} apart "
-        "further on"
+        f"{first.max_difference} apart: values within float rounding of the middle between two codes fall to either "
+        f"side; up to {worst.max_difference} apart further on"
     )

@@ -71,9 +71,9 @@ def mean(x: Tensor, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | Non
 
 def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """x @ weight + bias, the linear layer of models ported from other frameworks."""
-    if beta != 1 or alpha != 1:
+    if beta != 1 or alpha != 1 or bias.dim() != 1:
         return NotImplemented
-    return torch.mm(x, weight) + bias
+    return aten.linear.default(x, weight.t(), bias)
 
 
 CANONICAL_FORMS: dict[Any, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .ops import WEIGHTED, Kind, is_constant, kind_of, value_of, weight_position
+from .ops import WEIGHTED, Kind, is_constant, kind_of, rank_of, value_of, weight_position
 
 aten = torch.ops.aten
 
@@ -38,6 +38,7 @@ def fold(graph_module: fx.GraphModule) -> fx.GraphModule:
     3.2).
     """
     _remove_aliases(graph_module)
+    _products_as_linears(graph_module)
     _fold_constant_weights(graph_module)
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target is _BATCH_NORM:
@@ -67,6 +68,21 @@ def _same_dtype(node: fx.Node) -> bool:
     before = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
     after = value_of(node)
     return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+
+
+def _products_as_linears(graph_module: fx.GraphModule) -> None:
+    """x @ weight becomes a linear: one spelling, and one that ONNX Runtime does not fuse into a float Gemm."""
+    for node in list(graph_module.graph.nodes):
+        if kind_of(node) is not Kind.MATMUL or weight_position(node) is None:
+            continue
+        source, weight = node.args
+        assert isinstance(weight, fx.Node)
+        if rank_of(weight) != 2:
+            continue
+        with graph_module.graph.inserting_before(node):
+            transposed = graph_module.graph.call_function(aten.t.default, (weight,))
+        transposed.meta = {"val": value_of(weight).t(), "qdq_constant": True}
+        node.target, node.args = aten.linear.default, (source, transposed)
 
 
 def _fold_constant_weights(graph_module: fx.GraphModule) -> None:

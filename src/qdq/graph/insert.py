@@ -173,10 +173,12 @@ class _Insertion:
         return str(node.args[where[0]].target), where[1]  # type: ignore[union-attr]
 
     def _new_weight_quantizer(self, node: fx.Node, key: tuple[str, int]) -> str:
-        descriptor = self.recipe.for_name(*names_of(node)).weights or self.recipe.weights
+        descriptor = self.recipe.for_name(*names_of(node), node=node.name).weights or self.recipe.weights
         bits = int(descriptor.num_bits)  # type: ignore[arg-type]
-        # Depthwise kernels widen before they multiply: nothing saturates there.
-        reduced = self.reduce and node in self.plan.operations and not (self.target.pairs and is_depthwise(node))
+        # Depthwise kernels widen before they multiply: nothing saturates there. Of several readers of one weight one
+        # is enough.
+        readers = [n for n in self.plan.weighted if n in self.plan.operations and self._weight_key(n) == key]
+        reduced = self.reduce and any(not (self.target.pairs and is_depthwise(n)) for n in readers)
         if reduced and not self.target.pairs:
             bits = min(bits, 7)
         pairs_axis = key[1] if reduced and self.target.pairs and bits == 8 else None

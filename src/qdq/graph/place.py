@@ -67,10 +67,10 @@ def place(graph: fx.Graph, target: Target, recipe: Recipe) -> Plan:
 
 
 def names_of(node: fx.Node) -> tuple[str, ...]:
-    """The names by which a recipe may speak of an operation: its module, its parameters, its node in the graph."""
+    """The names by which a pattern may speak of an operation: its module and its parameters."""
     parameters = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
     path = module_path(node)
-    return (*([path] if path else []), *parameters, node.name)
+    return (*([path] if path else []), *parameters)
 
 
 def tail(node: fx.Node) -> fx.Node:
@@ -142,7 +142,7 @@ class _Placement:
         rule = self.target.rule(kind)
         if rule is None or not (is_float(node) or is_split(node)):
             return None
-        if not self.recipe.for_name(*names_of(node)).quantize:
+        if not self.recipe.for_name(*names_of(node), node=node.name).quantize:
             self.plan.floats[node] = "the recipe keeps it in float"
             return None
         weighted = weight_position(node) is not None
@@ -254,7 +254,7 @@ class _Placement:
             elif kind is Kind.OTHER:
                 reason = f"{self.target.name} has no rule for {operation_name(node)}: it stays in float"
             elif self.target.rule(kind) is not None and kind in self.target_follow():
-                reason = f"{kind.value} in float: its neighbours are"
+                reason = f"{kind.value} in float: no integer operation reads it, and not all it reads are codes alone"
             else:
                 reason = f"{kind.value} operation, and no integer operation reads it"
             self.plan.floats[node] = reason
@@ -266,7 +266,8 @@ class _Placement:
 def _check_patterns(graph: fx.Graph, recipe: Recipe) -> None:
     names = {name for node in graph.nodes for name in names_of(node)}
     names |= {str(n.target) for n in graph.nodes if n.op in ("get_attr", "placeholder")}
+    nodes = {node.name for node in graph.nodes}
     for pattern in recipe.patterns():
-        if not any(matches(pattern, name) for name in names):
+        if pattern not in nodes and not any(matches(pattern, name) for name in names):
             known = sorted(n for n in names if "." in n and not n.endswith((".weight", ".bias")))[:8]
             raise RecipeError(f"recipe pattern {pattern!r} matches no module of the model; modules are such as {known}")
