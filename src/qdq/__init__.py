@@ -1,5 +1,8 @@
 """qdq: from a trained PyTorch model to a verified low-bit deployment."""
 
+from . import calib, functional, nn
+from .analysis.fidelity import Fidelity
+from .analysis.latency import Speed
 from .api import benchmark, explain, export_onnx, quantize, verify
 from .descriptor import QuantDescriptor
 from .errors import (
@@ -11,6 +14,7 @@ from .errors import (
     RecipeError,
     RuntimeMissingError,
 )
+from .graph.explanation import Explanation
 from .graph.targets import Target
 from .quantizer import TensorQuantizer
 from .recipe import Override, Recipe
@@ -21,18 +25,24 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "DataError",
+    "Explanation",
     "ExportError",
+    "Fidelity",
     "Override",
     "QdqError",
     "QuantDescriptor",
     "Recipe",
     "RecipeError",
     "RuntimeMissingError",
+    "Speed",
     "Target",
     "TensorQuantizer",
     "benchmark",
+    "calib",
     "explain",
     "export_onnx",
+    "functional",
+    "nn",
     "quantize",
     "verify",
 ]

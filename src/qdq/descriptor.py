@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-import yaml
 
 _log = logging.getLogger(__name__)
 
@@ -159,6 +158,8 @@ class QuantDescriptor:
     def to_yaml(self) -> str:
         """:meth:`dict` as YAML; tuples become lists."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.dict().items()}
+        import yaml  # when used: it costs a sixth of qdq's import
+
         return yaml.safe_dump(plain, sort_keys=False)
 
     @classmethod
@@ -168,6 +169,8 @@ class QuantDescriptor:
         Raises:
             TypeError: ``text`` holds no mapping, or an unknown key.
         """
+        import yaml
+
         fields = yaml.safe_load(text)
         if not isinstance(fields, dict):
             raise TypeError(f"a descriptor in YAML must be a mapping, got {type(fields).__name__}")
