@@ -82,7 +82,7 @@ class AffineQuantizer(nn.Module):
                 "part of the model, or keep it in float (Recipe.exclude)"
             )
         if torch.onnx.is_in_onnx_export():
-            return quantize_dequantize(x, self.step_size, self.zero_point.to(self.code_dtype), self.name)
+            return quantize_dequantize(x, self.step_size, self.zero_point.to(self.code_dtype), name=self.name)
         if on_grid:
             return x
         return fake_quantize_affine(x, self.step_size, self.zero_point, self.lo, self.hi)

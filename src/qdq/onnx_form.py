@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .formats import E4M3
+from .onnx_nodes import quantize_dequantize
 
 
 def fake_quantize_as_onnx(
@@ -23,31 +22,23 @@ def fake_quantize_as_onnx(
             several axes, E4M3 with more than one amax.
     """
     wide, amax = inputs.to(torch.float32), amax.to(torch.float32)
-    attributes: dict[str, Any] = {}
     axis = _channel_axis(inputs, amax)
     if isinstance(num_bits, tuple):
         require(num_bits == (4, 3), f"only E4M3 can be exported to ONNX, got num_bits={num_bits}")
         require(axis is None, "E4M3 can only be exported to ONNX with one amax per tensor")
-        names = "trt::TRT_FP8QuantizeLinear", "trt::TRT_FP8DequantizeLinear"
-        parameters: tuple[Tensor, ...] = (_step(amax.reshape(()), E4M3.max_value),)
-        code = torch.uint8
-    else:
-        require(num_bits == 8, f"only 8 bits can be exported to ONNX, got num_bits={num_bits}")
-        message = "a signed narrow range cannot be exported to ONNX: its codes start at -128"
-        require(unsigned or not narrow_range, message)
-        names = "QuantizeLinear", "DequantizeLinear"
-        code = torch.uint8 if unsigned else torch.int8
-        step = _step(amax.reshape(()) if axis is None else amax.reshape(-1), 255 if unsigned else 127)
-        parameters = step, torch.zeros_like(step, dtype=code)
-        if axis is not None:
-            attributes = {"axis": axis}
-    codes = torch.onnx.ops.symbolic(
-        names[0], (wide, *parameters), attributes, dtype=code, shape=inputs.shape, version=None
-    )
-    outputs = torch.onnx.ops.symbolic(
-        names[1], (codes, *parameters), attributes, dtype=torch.float32, shape=inputs.shape, version=None
-    )
-    return outputs.to(inputs.dtype)
+        return _tensorrt_e4m3(wide, _step(amax.reshape(()), E4M3.max_value)).to(inputs.dtype)
+    require(num_bits == 8, f"only 8 bits can be exported to ONNX, got num_bits={num_bits}")
+    message = "a signed narrow range cannot be exported to ONNX: its codes start at -128"
+    require(unsigned or not narrow_range, message)
+    step = _step(amax.reshape(()) if axis is None else amax.reshape(-1), 255 if unsigned else 127)
+    zero_point = torch.zeros_like(step, dtype=torch.uint8 if unsigned else torch.int8)
+    return quantize_dequantize(wide, step, zero_point, axis=axis, version=None).to(inputs.dtype)
+
+
+def _tensorrt_e4m3(x: Tensor, step_size: Tensor) -> Tensor:
+    for name, dtype in (("TRT_FP8QuantizeLinear", torch.uint8), ("TRT_FP8DequantizeLinear", torch.float32)):
+        x = torch.onnx.ops.symbolic(f"trt::{name}", (x, step_size), {}, dtype=dtype, shape=x.shape, version=None)
+    return x
 
 
 def _step(amax: Tensor, bound: float) -> Tensor:

@@ -9,26 +9,36 @@ OPSET = 21
 QUANTIZER_KEY = "qdq.quantizer"
 
 
-def quantize_dequantize(x: Tensor, step_size: Tensor, zero_point: Tensor, name: str) -> Tensor:
-    """x through QuantizeLinear and DequantizeLinear; the dtype of `zero_point` is that of the codes."""
-    codes = torch.onnx.ops.symbolic(
-        "QuantizeLinear",
-        (x, step_size, zero_point),
-        {},
-        dtype=zero_point.dtype,
-        shape=x.shape,
-        version=OPSET,
-        metadata_props={QUANTIZER_KEY: name},
-    )
-    return torch.onnx.ops.symbolic(
-        "DequantizeLinear",
-        (codes, step_size, zero_point),
-        {},
-        dtype=torch.float32,
-        shape=x.shape,
-        version=OPSET,
-        metadata_props={QUANTIZER_KEY: name},
-    )
+def quantize_dequantize(
+    x: Tensor,
+    step_size: Tensor,
+    zero_point: Tensor,
+    *,
+    axis: int | None = None,
+    name: str | None = None,
+    version: int | None = OPSET,
+) -> Tensor:
+    """x through QuantizeLinear and DequantizeLinear; the dtype of `zero_point` is that of the codes.
+
+    Args:
+        axis: where step size and zero point are per channel.
+        name: of the quantizer, kept with the nodes.
+        version: of the operator set; None leaves it to the exporter.
+    """
+    attributes = {} if axis is None else {"axis": axis}
+    metadata = {} if name is None else {QUANTIZER_KEY: name}
+    shape = x.shape
+    for operation, dtype in (("QuantizeLinear", zero_point.dtype), ("DequantizeLinear", torch.float32)):
+        x = torch.onnx.ops.symbolic(
+            operation,
+            (x, step_size, zero_point),
+            attributes,
+            dtype=dtype,
+            shape=shape,
+            version=version,
+            metadata_props=metadata,
+        )
+    return x
 
 
 def dequantize(codes: Tensor, step_size: Tensor, zero_point: Tensor, axis: int | None, name: str) -> Tensor:

@@ -61,7 +61,7 @@ class InputContract:
         leaves = pytree.tree_leaves((args, kwargs))
         for name, leaf, expected, constant in zip(self.names, leaves, self._expected, self._constants, strict=False):
             if expected is None or not isinstance(leaf, Tensor):
-                _check_constant(name, leaf, "a tensor" if expected is not None else constant)
+                _check_constant(name, leaf, constant, expected is not None)
                 continue
             dtype, shape = expected
             if len(shape) != leaf.dim() or any(not d.hold(s) for d, s in zip(shape, leaf.shape, strict=True)):
@@ -109,12 +109,13 @@ class _Sizes:
         return "any" if self.low == 1 else f"{self.low} or more"
 
 
-def _check_constant(name: str, value: Any, captured: Any) -> None:
-    if isinstance(value, Tensor) or value != captured:
+def _check_constant(name: str, value: Any, captured: Any, tensor: bool) -> None:
+    if tensor or isinstance(value, Tensor) or value != captured:
+        wanted = "a tensor" if tensor else repr(captured)
         given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise DataError(
-            f"input {name!r} is {given}, the model was captured with {captured}: values that are no tensors are fixed "
-            "in the graph; quantize the model once for each"
+            f"input {name!r} is {given}, the model was captured with {wanted}: values that are no tensors are fixed in "
+            "the graph; quantize the model once for each"
         )
 
 
