@@ -29,17 +29,26 @@ class Batches:
     A tensor is one positional argument, a mapping holds keyword arguments, and a tuple or list positional ones.
     Items of a tuple beyond the parameters of `forward` (a label) are dropped, which is logged once; a tuple that
     fits is never cut; `((a, b), label)` and `({...}, label)` are unwrapped. Numpy arrays become tensors.
+    A mapping whose keys name no parameter is the one positional argument of `forward(batch)`.
 
     Args:
         data: iterable of batches. A one-shot iterator can be gone through once.
         signature: of the model's `forward`.
         inputs_of: takes a batch and gives the model's inputs (tensor, tuple or mapping), which must then fit exactly.
+        runs: whether the model takes such inputs. Asked on the first batch that `forward` could take in two ways;
+            the answer holds for all batches.
 
     Raises:
         DataError: `data` is no iterable of batches, holds none, or holds one that does not fit `forward`.
     """
 
-    def __init__(self, data: Any, signature: inspect.Signature, inputs_of: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        signature: inspect.Signature,
+        inputs_of: Callable[[Any], Any] | None = None,
+        runs: Callable[[Inputs], bool] | None = None,
+    ) -> None:
         if isinstance(data, (torch.Tensor, np.ndarray)):
             raise DataError(f"batches is one array of shape {tuple(data.shape)}: pass a list of batches, such as [x]")
         indexed = isinstance(data, Iterable) or hasattr(data, "__getitem__")
@@ -54,6 +63,8 @@ class Batches:
         self._data = data
         self._signature = signature
         self._inputs_of = inputs_of
+        self._runs = runs
+        self._unwraps: bool | None = None
         self._first: list[Inputs] = []
         self._iterator: Iterator[Any] | None = None
         self._count = 0
@@ -102,19 +113,28 @@ class Batches:
 
     def _bind(self, item: Any) -> Inputs:
         if self._inputs_of is not None:
-            item = self._inputs_of(item)
+            try:
+                item = self._inputs_of(item)
+            except Exception as error:
+                raise DataError(
+                    f"inputs_of failed on batch {self._count} ({describe(item)}): {type(error).__name__}: {error}"
+                ) from error
         try:
-            args, kwargs = self._split(item)
-            bound = self._signature.bind(*args, **kwargs)
+            return self._bound(*self._split(item))
         except TypeError as error:
             raise DataError(
                 f"batch {self._count} ({describe(item)}) does not fit forward{self._signature}: {error}; pass "
                 "inputs_of=callable to say which part of a batch the model takes"
             ) from None
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        bound = self._signature.bind(*args, **kwargs)
         return tuple(_tensor(a) for a in bound.args), {k: _tensor(v) for k, v in bound.kwargs.items()}
 
     def _split(self, item: Any) -> Inputs:
         if isinstance(item, Mapping):
+            if self._is_one_argument(item) and self._runs is not None and self._runs(self._bound((item,), {})):
+                return (item,), {}
             return (), dict(item)
         if not isinstance(item, (tuple, list)):
             return (item,), {}
@@ -122,12 +142,7 @@ class Batches:
         if self._inputs_of is not None:
             return items, {}
         inner = self._unwrapped(items)
-        if inner is not None:
-            if self._fits(items, {}):
-                raise DataError(
-                    f"batch {self._count} ({describe(item)}) fits forward{self._signature} in two ways, as it is and "
-                    "with its first item unwrapped; pass inputs_of=callable to say which part the model takes"
-                )
+        if inner is not None and self._is_unwrapped(items, inner):
             self._say("only the first item of each batch is passed to the model; the rest is taken for labels")
             return inner
         most = self._most()
@@ -140,14 +155,43 @@ class Batches:
         return items, {}
 
     def _unwrapped(self, items: tuple[Any, ...]) -> Inputs | None:
+        """The first item as the model's inputs, the others being labels; None where that does not fit."""
         if len(items) < 2:
             return None
         first = items[0]
-        if isinstance(first, Mapping) and self._fits((), dict(first)):
-            return (), dict(first)
+        if isinstance(first, Mapping):
+            if self._fits_keywords(first):
+                return (), dict(first)
+            if self._is_one_argument(first) and self._most() == 1:
+                return (first,), {}
         if isinstance(first, (tuple, list)) and self._fits(tuple(first), {}):
             return tuple(first), {}
         return None
+
+    def _is_unwrapped(self, items: tuple[Any, ...], inner: Inputs) -> bool:
+        """Whether `inner` is meant and not `items` as they are: what is clear goes first, then what the model runs on."""
+        if isinstance(items[0], Mapping) and inner[1] and all(key in self._signature.parameters for key in items[0]):
+            return True
+        if not self._fits(items, {}):
+            return True
+        if self._unwraps is None:
+            readings = [self._bound(*inner), self._bound(items, {})]
+            taken = [] if self._runs is None else [self._runs(reading) for reading in readings]
+            if sum(taken) != 1:
+                tried = "" if not taken else ", and the model runs on both" if all(taken) else ", but it runs on neither"
+                raise DataError(
+                    f"batch {self._count} ({describe(items)}) fits forward{self._signature} in two ways, as it is and "
+                    f"with its first item unwrapped{tried}; pass inputs_of=callable to say which part the model takes"
+                )
+            self._unwraps = taken[0]
+        return self._unwraps
+
+    def _is_one_argument(self, item: Mapping[Any, Any]) -> bool:
+        """Whether a mapping can only be an argument itself: its keys name no parameter."""
+        return self._fits((item,), {}) and not self._fits_keywords(item) and not set(item) & set(self._signature.parameters)
+
+    def _fits_keywords(self, item: Mapping[Any, Any]) -> bool:
+        return all(isinstance(key, str) for key in item) and self._fits((), dict(item))
 
     def _fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         try:

@@ -63,7 +63,7 @@ def _processor() -> Finding:
             "note",
             "processor",
             f"{machine} without VNNI: products of uint8 and int8 saturate at 16 bits in ONNX Runtime. "
-            'reduce_range "auto" keeps weights to 7 bits here, which avoids it',
+            'reduce_range "auto" shrinks the weights that would saturate',
         )
     what = "with VNNI" if cpuinfo.is_x86() else "with 32-bit integer accumulation"
     return Finding("ok", "processor", f"{machine} {what}: 8-bit products are exact")

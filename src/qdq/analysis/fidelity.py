@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..affine_quantizer import AffineQuantizer
 from ..batches import Inputs
-from ..cpuinfo import has_vnni
+from ..cpuinfo import saturates_u8s8
 from ..errors import DataError
 from ..graph.record import Record, record_of
 from ..graph.targets import TARGETS
@@ -206,7 +206,7 @@ def _cause(sqnr_db: float, tensors: tuple[TensorFidelity, ...], record: Record, 
         return f"every code is equal; the outputs differ by float rounding {where}"
     first = differing[0]
     worst = max(differing, key=lambda t: t.max_difference)
-    if worst.max_difference > 3 and not record.reduced_range and has_vnni() is False:
+    if worst.max_difference > 3 and not record.reduced_range and saturates_u8s8():
         return (
             f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and its "
             "products of uint8 and int8 saturate at 16 bits; quantize with Recipe(reduce_range=True)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..cpuinfo import has_vnni
+from ..cpuinfo import saturates_u8s8
 from ..errors import RecipeError
 from .ops import Kind
 
@@ -178,4 +178,4 @@ def reduces_range(target: Target, asked: bool | str | None) -> bool:
     `qdq.saturation`.
     """
     setting = target.reduce_range if asked is None else asked
-    return has_vnni() is False if setting == "auto" else bool(setting)
+    return saturates_u8s8() is True if setting == "auto" else bool(setting)
