@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
-from .batches import Batches, Inputs, signature_of
+from .batches import Batches, signature_of
 from .calibration import calibrate
-from .errors import DataError, QdqError, RecipeError
+from .errors import CaptureError, DataError, QdqError, RecipeError
 from .export.lowering import lower
 from .export.onnx import check_writable, write_onnx
 from .graph.capture import capture
+from .graph.contract import InputContract
+from .graph.example import runs_on
 from .graph.explanation import Explanation
 from .graph.fold import fold
 from .graph.insert import insert
 from .graph.place import place
-from .graph.record import KEY, InputContract, Record, record_of
+from .graph.record import KEY, Record, record_of
 from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
 from .progress import track
 from .quiet import pytorch_internals
 from .recipe import Recipe
+from .stand_in import first_call, is_data_function
+
+logger = logging.getLogger("qdq.api")
 
 
 def quantize(
@@ -49,7 +57,8 @@ def quantize(
         batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword
             arguments), or a
             callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
-            dropped; `((a, b), label)` and `({...}, label)` are unwrapped. One pass is made.
+            dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
+            ways, the one that the model runs on is meant. One pass is made.
         target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
         recipe: None is `Recipe()`.
         example_inputs: what the model is captured with, like one batch; None takes the first batch.
@@ -62,8 +71,8 @@ def quantize(
         A GraphModule with the model's own module and parameter names; `qdq.explain` says what was quantized.
 
     Raises:
-        CaptureError: `torch.export` cannot capture the model.
-        DataError: no data, data of the wrong shape or with NaN.
+        CaptureError: `torch.export` cannot capture the model, or a parameter of it holds NaN.
+        DataError: no data, data of the wrong shape or with NaN, or data that the model fails on.
         RecipeError: unknown target, or a pattern of the recipe that matches nothing.
         CalibrationError: a quantizer saw no data.
     """
@@ -72,9 +81,15 @@ def quantize(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
     _check_model(model)
+    if KEY in getattr(model, "meta", {}):
+        raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")
     signature = signature_of(model.forward)
-    data = batches if _is_runner(batches) else Batches(batches, signature, inputs_of)
-    example = _example(model, data, example_inputs, signature, inputs_of)
+    runs = runs_on(model)
+    data = batches if is_data_function(batches) else Batches(batches, signature, inputs_of, runs)
+    if example_inputs is not None:
+        example = Batches([example_inputs], signature, inputs_of, runs).first()
+    else:
+        example = data.first() if isinstance(data, Batches) else first_call(model, data, signature)
 
     graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
     contract = InputContract(graph_module.graph, signature, example)
@@ -90,7 +105,8 @@ def quantize(
         explanation=explanation,
         outputs=tuple(_output_quantizers(graph_module)),
     )
-    calibrate(graph_module, data, progress)
+    _tell_if_all_float(explanation)
+    calibrate(graph_module, data, progress, model)
     return graph_module
 
 
@@ -167,9 +183,9 @@ def verify(
     """
     record = record_of(qmodel)
     assert isinstance(qmodel, fx.GraphModule)
-    if _is_runner(batches):
+    if is_data_function(batches):
         return compare(qmodel, str(path), batches, agreement, per_tensor)
-    data = Batches(batches, record.contract.signature, inputs_of)
+    data = Batches(batches, record.contract.signature, inputs_of, record.contract.fits)
     return compare(qmodel, str(path), track(data, "verifying", data.total, progress), agreement, per_tensor)
 
 
@@ -213,44 +229,21 @@ def benchmark(
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("model is TorchScript, which torch.export cannot capture: pass the nn.Module it came from")
 
 
-def _is_runner(batches: Any) -> bool:
-    return callable(batches) and not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__")
-
-
-def _example(
-    model: nn.Module, data: Any, example_inputs: Any, signature: Any, inputs_of: Callable[[Any], Any] | None
-) -> Inputs:
-    if example_inputs is not None:
-        return Batches([example_inputs], signature, inputs_of).first()
-    return data.first() if isinstance(data, Batches) else _first_call(model, data, signature)
-
-
-class _Seen(BaseException):
-    """Leaves a user's data function after its first call of the model; no `except Exception` in it stops that."""
-
-
-def _first_call(model: nn.Module, run: Callable[[nn.Module], None], signature: Any) -> Inputs:
-    """The inputs of the first call that a data function makes."""
-    seen: list[Inputs] = []
-
-    class Recorder(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            seen.append((bound.args, bound.kwargs))
-            raise _Seen
-
-    with contextlib.suppress(_Seen):
-        run(Recorder())
-    if not seen:
-        raise DataError("the data function ran the model not once: it must call the model that it is given")
-    return seen[0]
+def _tell_if_all_float(explanation: Explanation) -> None:
+    if any(entry.quantized for entry in explanation):
+        return
+    reasons = Counter(entry.reason for entry in explanation).most_common(1)
+    reason = reasons[0][0] if reasons else "it has no float tensors"
+    logger.warning("no operation of this model was quantized: %s; see qdq.explain", reason)
 
 
 def _float_graph(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
     signature = signature_of(model.forward)
-    example = Batches([example_inputs], signature).first()
+    example = Batches([example_inputs], signature, runs=runs_on(model)).first()
     graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
     graph_module.meta[KEY] = Record(
         InputContract(graph_module.graph, signature, example), tuple(_output_names(graph_module))
@@ -275,16 +268,28 @@ def _output_names(graph_module: fx.GraphModule) -> list[str]:
     if len(names) != count or any(not n or n.isdigit() for n in names):
         names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
     taken = {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"}
-    return [f"{n}_out" if n in taken else n for n in names]
+    unique: list[str] = []
+    for name in names:
+        name = f"{name}_out" if name in taken else name
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        unique.append(name if name not in taken else next(n for n in numbered if n not in taken and n not in names))
+        taken.add(unique[-1])
+    return unique
 
 
 def _output_quantizers(graph_module: fx.GraphModule) -> list[str | None]:
     return [str(n.target) if n.op == "call_module" else None for n in _outputs(graph_module)]
 
 
-def _arrays(inputs: Any) -> Sequence[np.ndarray]:
-    if isinstance(inputs, (Tensor, np.ndarray)):
-        inputs = [inputs]
+def _arrays(inputs: Any) -> Sequence[np.ndarray] | dict[str, np.ndarray]:
     if isinstance(inputs, dict):
-        inputs = list(inputs.values())
-    return [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in inputs]
+        return {str(name): _array(value) for name, value in inputs.items()}
+    if isinstance(inputs, (Tensor, np.ndarray)):
+        return [_array(inputs)]
+    if not isinstance(inputs, (list, tuple)):
+        raise DataError(f"inputs must be an array, a list of arrays or a dict of them, not {type(inputs).__name__}")
+    return [_array(value) for value in inputs]
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)

@@ -169,7 +169,7 @@ class Batches:
         return None
 
     def _is_unwrapped(self, items: tuple[Any, ...], inner: Inputs) -> bool:
-        """Whether `inner` is meant and not `items` as they are: what is clear goes first, then what the model runs on."""
+        """Whether `inner` is meant and not `items` as they are; if the signature leaves it open, what the model takes."""
         if isinstance(items[0], Mapping) and inner[1] and all(key in self._signature.parameters for key in items[0]):
             return True
         if not self._fits(items, {}):
@@ -178,7 +178,7 @@ class Batches:
             readings = [self._bound(*inner), self._bound(items, {})]
             taken = [] if self._runs is None else [self._runs(reading) for reading in readings]
             if sum(taken) != 1:
-                tried = "" if not taken else ", and the model runs on both" if all(taken) else ", but it runs on neither"
+                tried = f", and the model runs on {'both' if all(taken) else 'neither'}" if taken else ""
                 raise DataError(
                     f"batch {self._count} ({describe(items)}) fits forward{self._signature} in two ways, as it is and "
                     f"with its first item unwrapped{tried}; pass inputs_of=callable to say which part the model takes"
@@ -188,7 +188,9 @@ class Batches:
 
     def _is_one_argument(self, item: Mapping[Any, Any]) -> bool:
         """Whether a mapping can only be an argument itself: its keys name no parameter."""
-        return self._fits((item,), {}) and not self._fits_keywords(item) and not set(item) & set(self._signature.parameters)
+        if any(key in self._signature.parameters for key in item):
+            return False
+        return self._fits((item,), {}) and not self._fits_keywords(item)
 
     def _fits_keywords(self, item: Mapping[Any, Any]) -> bool:
         return all(isinstance(key, str) for key in item) and self._fits((), dict(item))

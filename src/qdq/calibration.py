@@ -12,9 +12,11 @@ from torch import Tensor, fx, nn
 from .affine_quantizer import AffineQuantizer
 from .batches import Batches
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
-from .errors import CalibrationError, DataError
+from .errors import CalibrationError, DataError, QdqError
+from .graph.contract import describe_call
 from .graph.record import record_of
 from .progress import track
+from .stand_in import StandIn
 
 
 def activation_quantizers(graph_module: fx.GraphModule) -> list[AffineQuantizer]:
@@ -28,6 +30,7 @@ def calibrate(
     graph_module: fx.GraphModule,
     run: Callable[[Callable[..., Any]], None] | Batches,
     progress: bool = True,
+    model: nn.Module | None = None,
 ) -> None:
     """Runs the float graph over the data, collects, and sets the range of every activation quantizer.
 
@@ -35,23 +38,25 @@ def calibrate(
         graph_module: with quantizers inserted; they are set in place.
         run: the batches, or a callable that takes a model and runs it.
         progress: whether a bar is shown.
+        model: the user's, whose parameters and attributes a callable sees; None shows those of the graph.
 
     Raises:
-        DataError: no data, NaN or infinite values in the data or (named, the first in the model's order) in a tensor.
+        DataError: no data, data that the graph does not take or fails on (the batch is named), NaN or infinite values
+            in the data or (named, the first in the model's order) in a tensor.
         CalibrationError: a quantizer saw no data; all such are named.
     """
     quantizers = activation_quantizers(graph_module)
     for quantizer in quantizers:
         quantizer.start_collecting()
-    model = _Collecting(graph_module, quantizers)
+    feed = _Collecting(graph_module if model is None else model, graph_module, quantizers)
     try:
         with torch.no_grad(), constants_in_float(graph_module):
             if isinstance(run, Batches):
                 for args, kwargs in track(run, "calibrating", run.total, progress):
-                    model(*args, **kwargs)
+                    feed(*args, **kwargs)
             else:
-                run(model)
-        if not model.calls:
+                run(feed)
+        if not feed.calls:
             raise DataError("the data function ran the model not once: it must call the model that it is given")
         for quantizer in track(quantizers, "finding ranges", len(quantizers), progress):
             quantizer.finish_collecting()
@@ -94,20 +99,33 @@ def constants_in_float(graph_module: nn.Module) -> Iterator[None]:
             module.enabled = True
 
 
-class _Collecting(nn.Module):
-    """The model that the data run through: checks at its door, and looks for NaN behind it."""
+class _Collecting(StandIn):
+    """What the data run through: checks at its door, the float graph, and a look for NaN behind it."""
 
-    def __init__(self, graph_module: fx.GraphModule, quantizers: list[AffineQuantizer]) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-        self.quantizers = quantizers
+    def __init__(self, model: nn.Module, graph_module: fx.GraphModule, quantizers: list[AffineQuantizer]) -> None:
+        contract = record_of(graph_module).contract
+        super().__init__(model, contract.signature)
+        # In a tuple, so that parameters() gives those of the user's model alone.
+        self.run = (graph_module, contract, quantizers)
         self.calls = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = record_of(self.graph_module).contract.check(args, kwargs)
-        out = self.graph_module(*args, **kwargs)
+        graph_module, contract, quantizers = self.run
+        try:
+            args, kwargs = contract.check(*self.bind(args, kwargs))
+        except DataError as error:
+            raise DataError(f"batch {self.calls}: {error}") from None
+        try:
+            out = graph_module(*args, **kwargs)
+        except QdqError:
+            raise
+        except Exception as error:
+            given = describe_call((args, kwargs))
+            raise DataError(
+                f"the model fails on batch {self.calls}, {given}: {type(error).__name__}: {error}"
+            ) from error
         self.calls += 1
-        for quantizer in self.quantizers:
+        for quantizer in quantizers:
             quantizer.check_finite()
         return out
 

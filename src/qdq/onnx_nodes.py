@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def quantize_dequantize(
         name: of the quantizer, kept with the nodes.
         version: of the operator set; None leaves it to the exporter.
     """
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     metadata = {} if name is None else {QUANTIZER_KEY: name}
     shape = x.shape
     for operation, dtype in (("QuantizeLinear", zero_point.dtype), ("DequantizeLinear", torch.float32)):

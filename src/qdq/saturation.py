@@ -21,7 +21,7 @@ def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
     """The nearest codes of which no neighbouring pair can saturate.
 
     Args:
-        codes: integers in a float or integer dtype; `axis` holds the output channels.
+        codes: integers in a float dtype, or an integer one of more than 8 bits; `axis` holds the output channels.
         axis: output-channel axis.
 
     Returns:
@@ -38,15 +38,22 @@ def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
 def _shrink(rows: Tensor) -> Tensor:
     width = rows.shape[1] // 2 * 2
     first, second = rows[:, 0:width:2], rows[:, 1:width:2]
-    unsafe = ((first + second).abs() > LARGEST_PAIR) & (first * second > 0)
-    where = unsafe.nonzero(as_tuple=True)
-    if where[0].numel() == 0:
-        return rows
-    one, two = first[where], second[where]
-    excess = (one + two).abs() - LARGEST_PAIR
+    out = rows.clone()
+    if torch.compiler.is_compiling():  # how many pairs are unsafe depends on values, which a traced graph must not
+        out[:, 0:width:2], out[:, 1:width:2] = _safe(first, second)
+        return out
+    where = (((first + second).abs() > LARGEST_PAIR) & (first * second > 0)).nonzero(as_tuple=True)
+    if where[0].numel():
+        out[:, 0:width:2][where], out[:, 1:width:2][where] = _safe(first[where], second[where])
+    return out
+
+
+def _safe(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of codes, those of one sign whose magnitudes add up to too much made smaller, the larger code first."""
+    excess = ((one + two).abs() - LARGEST_PAIR).clamp(min=0) * (one * two > 0)
     half = torch.div(excess, 2, rounding_mode="floor")
     larger = one.abs() >= two.abs()
-    out = rows.clone()
-    out[:, 0:width:2][where] = one - one.sign() * torch.where(larger, excess - half, half)
-    out[:, 1:width:2][where] = two - two.sign() * torch.where(larger, half, excess - half)
-    return out
+    return (
+        one - one.sign() * torch.where(larger, excess - half, half),
+        two - two.sign() * torch.where(larger, half, excess - half),
+    )

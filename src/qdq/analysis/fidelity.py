@@ -211,6 +211,11 @@ def _cause(sqnr_db: float, tensors: tuple[TensorFidelity, ...], record: Record, 
             f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and its "
             "products of uint8 and int8 saturate at 16 bits; quantize with Recipe(reduce_range=True)"
         )
+    if first.max_difference > 3:
+        return (
+            f"codes of {first.name} differ by up to {first.max_difference}, far beyond rounding: the file was probably "
+            "not exported from this model as it is now; export it again"
+        )
     return (
         f"{100 * first.share:.4f} % of the codes of {first.name} (the first tensor to differ) are "
         f"{first.max_difference} apart: values within float rounding of the middle between two codes fall to either "

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +59,18 @@ class Speed:
 def measure(
     path: str | os.PathLike[str],
     against: str | os.PathLike[str] | None,
-    inputs: Sequence[np.ndarray] | None,
+    inputs: Sequence[np.ndarray] | Mapping[str, np.ndarray] | None,
     batch_size: int,
     threads: int | None,
     rounds: int,
     progress: bool,
 ) -> Speed:
     """Times one or two ONNX files in ONNX Runtime; see `qdq.benchmark`."""
-    if rounds < 1:
-        raise DataError(f"rounds must be at least 1, not {rounds}")
-    if batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+    for name, value in (("rounds", rounds), ("batch_size", batch_size), ("threads", 1 if threads is None else threads)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise DataError(f"{name} must be an integer of at least 1, not {value!r}")
     runners = [OnnxRuntimeRunner(p, threads) for p in (path, against) if p is not None]
-    arrays = list(inputs) if inputs is not None else runners[0].random_inputs(batch_size)
+    arrays = runners[0].random_inputs(batch_size) if inputs is None else _in_order(inputs, runners[0].input_names)
     repeats = []
     for runner in runners:
         if len(arrays) != len(runner.input_names):
@@ -92,6 +91,14 @@ def measure(
     ratios = np.array(times[1]) / np.array(times[0])
     low, middle, high = (float(v) for v in np.percentile(ratios, [10, 50, 90]))
     return Speed(str(path), median, rounds, size, threads, str(against), statistics.median(times[1]), middle, low, high)
+
+
+def _in_order(inputs: Sequence[np.ndarray] | Mapping[str, np.ndarray], names: list[str]) -> list[np.ndarray]:
+    if not isinstance(inputs, Mapping):
+        return list(inputs)
+    if set(inputs) != set(names):
+        raise DataError(f"inputs are named {sorted(inputs)}, those of the model {names}")
+    return [inputs[name] for name in names]
 
 
 def _time(runner: OnnxRuntimeRunner, arrays: list[np.ndarray], repeats: int) -> float:

@@ -51,7 +51,10 @@ def write_onnx(
     program.model.metadata_props.update(metadata or {})
     size = sum(t.numel() * t.element_size() for t in [*graph_module.parameters(), *graph_module.buffers()])
     external = size > EXTERNAL_DATA_ABOVE
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     try:
         draft = folder / path.name
         program.save(str(draft), external_data=external)
@@ -73,6 +76,8 @@ def check_writable(path: Path) -> None:
         raise ExportError(
             f"cannot write {str(path)!r}: it is a folder; name a file, such as {str(path / 'model.onnx')!r}"
         )
+    if path.exists() and not path.is_file():
+        raise ExportError(f"cannot write {str(path)!r}: it is a device or a pipe, which a file would replace")
     if not path.parent.is_dir():
         raise ExportError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
