@@ -61,7 +61,8 @@ def check(case: str, kind: str, results: dict[str, Result], additions: int, conv
             bars.append(Bar(text, ours.against_static.median <= MAX_RATIO))
     if kind == "cnn":
         bars += _integer_graph(ours.operations, additions, convolutions)
-    if "sqnr_simulation" in ours.extra:
+    # Transformers hold float operations between the integer ones, whose rounding differs: reported, not barred.
+    if kind == "cnn" and "sqnr_simulation" in ours.extra:
         seen = float(ours.extra["sqnr_simulation"])
         bars.append(Bar(f"simulation against runtime {seen:.1f} dB (> 40)", seen > MIN_SIMULATION_SQNR_DB))
     return bars + _scores(case, ours, fp32)

@@ -60,6 +60,7 @@ def main() -> int:
         for method in METHODS:
             samples, amax = search_ms(calibrator, method, options.repeats)
             low, median, high = np.percentile(samples, (10, 50, 90))
+            assert calibrator._calib_hist is not None
             bins = len(calibrator._calib_hist)
             print(f"| {kind} | {method} | {bins} | {median:.2f} | {low:.2f}..{high:.2f} | {amax:.4f} |")
             slow |= bool(median > BAR_MS and bins <= 2048)

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(contenders.THREADS)
     names = options.models or [*cases.DEFAULT, *(cases.EXTRA if options.extra else ())]
     print(_environment(), flush=True)
-    report: dict[str, Any] = {"environment": _environment(), "options": vars(options), "models": {}}
+    report: dict[str, Any] = {"environment": _environment(), "options": _recorded(options), "models": {}}
     failed = False
     for name in names:
         try:
@@ -94,6 +94,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.rounds < 1 or options.batch < 1 or options.seconds < 0:
         parser.error("--rounds and --batch must be at least 1, --seconds at least 0")
     return options
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a result depends on."""
+    return {key: value for key, value in vars(options).items() if key not in ("keep", "json")}
 
 
 def _one_model(name: str, options: argparse.Namespace) -> tuple[dict[str, Result], list[bars.Bar]]:

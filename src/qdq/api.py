@@ -267,13 +267,13 @@ def _output_names(graph_module: fx.GraphModule) -> list[str]:
         ]
     if len(names) != count or any(not n or n.isdigit() for n in names):
         names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    taken = {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"}
+    inputs = {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"}
+    names = [f"{n}_out" if n in inputs else n for n in names]
     unique: list[str] = []
     for name in names:
-        name = f"{name}_out" if name in taken else name
+        others = {*inputs, *names, *unique}
         numbered = (f"{name}_{i}" for i in itertools.count(1))
-        unique.append(name if name not in taken else next(n for n in numbered if n not in taken and n not in names))
-        taken.add(unique[-1])
+        unique.append(name if name not in unique else next(n for n in numbered if n not in others))
     return unique
 
 

@@ -169,7 +169,7 @@ class Batches:
         return None
 
     def _is_unwrapped(self, items: tuple[Any, ...], inner: Inputs) -> bool:
-        """Whether `inner` is meant and not `items` as they are; if the signature leaves it open, what the model takes."""
+        """Whether `inner` is meant and not `items` as they are: by the signature, else by what the model takes."""
         if isinstance(items[0], Mapping) and inner[1] and all(key in self._signature.parameters for key in items[0]):
             return True
         if not self._fits(items, {}):

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from .calib.ranges import channel_mse_amax
 from .functional import fake_quantize_affine
 from .kernels.reference import affine_quantize
-from .saturation import shrink_pairs
+from .saturation import pair_safe_factor, shrink_pairs
 
 TINY_AMAX = 2.0**-24
 # Half of int32: the other half is left to the sum of products that the bias is added to.
 BIAS_CODE_LIMIT = 2**30
-# Offsets to the factor on amax, round by round: from 1 to 2 in quarters, then around the best.
-PAIR_SEARCH = ((0.0, 0.25, 0.5, 0.75, 1.0), (-0.125, 0.125), (-0.0625, 0.0625))
 
 
 class WeightQuantizer(nn.Module):
@@ -52,36 +50,16 @@ class WeightQuantizer(nn.Module):
         Where pairs must not saturate, larger step sizes are tried as well: fewer pairs are then shrunk.
         """
         weight = weight.detach()
-        if self.axis is None:
-            flat, axis = weight.reshape(1, -1), 0
-        else:
-            flat, axis = weight, self.axis
+        channels = weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0)
         if method == "mse":
-            amax = channel_mse_amax(flat, axis, self.num_bits)
+            amax = channel_mse_amax(channels, 0, self.num_bits)
         else:
-            amax = flat.abs().movedim(axis, 0).flatten(1).amax(1)
+            amax = channels.abs().flatten(1).amax(1)
         amax = amax.reshape(-1).clamp(min=TINY_AMAX)
-        self._set_amax(amax)
         if self.pairs_axis is not None:
-            self._set_amax(self._search_pairs(weight, amax))
-
-    def _set_amax(self, amax: Tensor) -> None:
+            rows = weight.movedim(self.pairs_axis, 0)
+            amax = amax * pair_safe_factor(rows, amax, self.bound)
         self.step_size.copy_((amax / self.bound).reshape(self.step_size.shape))
-
-    def _search_pairs(self, weight: Tensor, amax: Tensor) -> Tensor:
-        """Per channel, the amax whose codes, pairs shrunk, have the least squared error. Twice amax shrinks none."""
-        factor, least = torch.ones_like(amax), torch.full_like(amax, float("inf"))
-        for offsets in PAIR_SEARCH:
-            centre = factor
-            for offset in offsets:
-                candidate = (centre + offset).clamp(1.0, 2.0)
-                self._set_amax(amax * candidate)
-                squared = (self._dequantized(weight) - weight).square_()
-                error = squared.sum() if self.axis is None else squared.movedim(self.axis, 0).flatten(1).sum(1)
-                better = error.reshape(-1) < least
-                factor = torch.where(better, candidate, factor)
-                least = torch.where(better, error.reshape(-1), least)
-        return amax * factor
 
     def fit_bias(self, bias: Tensor, input_step: Tensor) -> None:
         """Enlarges step sizes whose bias would not fit int32 (its step is input step x weight step)."""

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 LARGEST_PAIR = 128
+# Offsets to the factor on amax, round by round: from 1 to 2 in quarters, then around the best.
+_SEARCH = ((0.0, 0.25, 0.5, 0.75, 1.0), *((-(0.5**i), 0.5**i) for i in range(3, 7)))
+# Values of one block: its temporaries stay in the cache.
+_BLOCK = 1 << 17
 
 
 def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
@@ -33,6 +37,52 @@ def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
         rows = _shrink(last.reshape(rows.shape[0], -1)).reshape(last.shape).movedim(-1, 1)
     rows = _shrink(rows.reshape(rows.shape[0], -1)).reshape(rows.shape)
     return rows.movedim(0, axis)
+
+
+def pair_safe_factor(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
+    """The factors on amax, from 1 to 2, whose codes, pairs shrunk, have about the least squared error.
+
+    A larger amax makes codes smaller, so that fewer pairs are shrunk; at 2 none is. The error of a channel of n
+    values is taken as n * step**2 / 12 for rounding, and for shrinking half the square of what a pair exceeds the
+    limit by (the mean over both orders of a convolution's weight: a value shrunk in one is smaller in the other).
+
+    Args:
+        rows: weight with the output channels first.
+        amax: of shape [channels], or [1] where the weight has one.
+        bound: largest code.
+
+    Returns:
+        Factors of amax's shape.
+    """
+    size = rows.shape[0] if amax.numel() == 1 else max(1, _BLOCK // max(1, rows[0].numel()))
+    blocks = zip(rows.split(size), amax.split(size), strict=True)
+    return torch.cat([_search(block, of_block, bound) for block, of_block in blocks])
+
+
+def _search(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
+    orders = [rows] if rows.dim() == 2 else [rows, rows.movedim(1, -1)]
+    sums = torch.cat([_pair_sums(order.reshape(rows.shape[0], -1)) for order in orders], 1)
+    count = rows[0].numel()
+    if amax.numel() == 1:
+        sums, count = sums.reshape(1, -1), rows.numel()
+    factor, least = torch.ones_like(amax), torch.full_like(amax, float("inf"))
+    for offsets in _SEARCH:
+        centre = factor
+        for offset in offsets:
+            candidate = (centre + offset).clamp(1.0, 2.0)
+            step = amax * candidate / bound
+            excess = torch.relu(sums - LARGEST_PAIR * step[:, None])
+            error = step.square() * (count / 12) + excess.square_().sum(1) / (2 * len(orders))
+            better = error < least
+            factor, least = torch.where(better, candidate, factor), torch.where(better, error, least)
+    return factor
+
+
+def _pair_sums(rows: Tensor) -> Tensor:
+    """Magnitudes of the sums of neighbouring values of one sign; 0 where the signs differ."""
+    width = rows.shape[1] // 2 * 2
+    first, second = rows[:, 0:width:2], rows[:, 1:width:2]
+    return (first + second).abs_().mul_(first * second > 0)
 
 
 def _shrink(rows: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class StandIn(nn.Module):
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise DataError(
-                f"the data function's call does not fit forward{self.signature}: {error}; it gives {describe(args)} and "
-                f"keywords {describe(kwargs)}"
+                f"the data function's call does not fit forward{self.signature}: {error}; it gives {describe(args)} "
+                f"and keywords {describe(kwargs)}"
             ) from None
         return bound.args, bound.kwargs
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import qdq
 from fixtures import fashion
 from fixtures.classifiers import s1, s2
 from pipeline.helpers import operations, optimized_graph, quantize, run_file, run_model, sqnr_db
-
-import qdq
 from qdq.constant_quantizers import WeightQuantizer
 
 
@@ -23,7 +23,7 @@ from qdq.constant_quantizers import WeightQuantizer
 )
 def test_trained_classifier_keeps_its_accuracy_as_deployed(build, loss, floor, tmp_path: Path) -> None:
     model = build()
-    calibration = fashion.load("train", limit=256)[0]
+    calibration = fashion.load("train", limit=128)[0]
     images, labels = fashion.load("test")
     qmodel = quantize(model, calibration.split(64))
     path = qdq.export_onnx(qmodel, tmp_path / "m.onnx")

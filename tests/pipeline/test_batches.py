@@ -40,6 +40,9 @@ def anything(*args: Tensor) -> None: ...
 def named(**kwargs: Tensor) -> None: ...
 
 
+def named_too(x: Any = None, y: Any = None, **kwargs: Tensor) -> None: ...
+
+
 def bind(forward: Any, *data: Any, inputs_of: Any = None) -> list[Any]:
     return list(Batches(list(data), signature_of(forward), inputs_of))
 
@@ -90,6 +93,7 @@ def test_batches_that_fit_are_bound_as_they_are(forward, batch, expected, caplog
         (two, ((X, Y), LABEL, LABEL), ((X, Y), {})),
         (three, ({"x": X, "y": Y, "z": Z}, LABEL), ((X, Y, Z), {})),
         (one, ({"x": X}, LABEL), ((X,), {})),
+        (optional, ({"x": X}, LABEL), ((X,), {})),
         (keyword_only, ({"x": X, "scale": Y}, LABEL), ((X,), {"scale": Y})),
     ],
 )
@@ -110,7 +114,7 @@ def test_how_many_items_are_dropped_is_logged(caplog):
     ("forward", "batch"),
     [
         (optional, ((X, Y), LABEL)),  # x=(X, Y) and y=LABEL, or x=X and y=Y
-        (optional, ({"x": X}, LABEL)),
+        (named_too, ({"a": X}, LABEL)),  # an argument, or keywords that **kwargs takes
         (anything, ((X, Y), LABEL)),
     ],
 )

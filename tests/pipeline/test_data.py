@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.helpers import deploy, quantize, randn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qdq
+from pipeline.helpers import deploy, quantize, randn
 from qdq.analysis.fidelity import Fidelity
 
 
@@ -195,7 +195,7 @@ def test_other_arguments_than_in_the_first_batch_are_refused() -> None:
             y = super().forward(x)
             return y if bias is None else y + bias
 
-    message = r"a batch gives other arguments than the example inputs did: \(2 positional, keywords \[\]\)"
+    message = r"batch 1: a batch gives other arguments.* did: \(Tensor\[32, 6\], Tensor\[32, 3\]\) in place of "
     with pytest.raises(qdq.DataError, match=message):
         quantize(Optional().eval(), [X, (X, randn(32, 3))])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from pipeline.helpers import Deployed, deploy, initializers, quantize, randn, run_file, run_model, sqnr_db
 from torch import Tensor, nn
 
 import qdq
+from pipeline.helpers import Deployed, deploy, initializers, quantize, randn, run_file, run_model, sqnr_db
 from qdq.affine_quantizer import AffineQuantizer
 from qdq.export import onnx as onnx_export
 
@@ -282,9 +281,8 @@ def test_outputs_bear_the_names_of_their_containers(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def _tiny_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _tiny_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_ABOVE", 1000)
-    yield
 
 
 @pytest.mark.usefixtures("_tiny_limit")

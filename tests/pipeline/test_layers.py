@@ -8,11 +8,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from pipeline.helpers import deploy, initializers, operations, optimized_graph, quantize, randn, run_model, sqnr_db
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import qdq
+from pipeline.helpers import deploy, initializers, operations, optimized_graph, quantize, randn, run_model, sqnr_db
 from qdq.constant_quantizers import WeightQuantizer
 
 IMAGE, ROWS, SEQUENCE = randn(4, 4, 8, 8, seed=1), randn(4, 8, seed=2), randn(4, 5, 8, seed=3)
@@ -96,7 +96,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "batch norm behind linear": (lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU()), ROWS, "QGemm"),
     "linear without bias": (lambda: nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU()), ROWS, "QGemm"),
     "addmm": (Addmm, ROWS, "QGemm"),
-    "matmul": (Matmul, ROWS, "MatMulIntegerToFloat"),
+    "matmul": (Matmul, ROWS, "QGemm"),
     "linear 3d without bias": (lambda: nn.Linear(8, 6, bias=False), SEQUENCE, "MatMulIntegerToFloat"),
     "linear 3d": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 4)), SEQUENCE, "MatMulIntegerToFloat"),
     "tied weights": (Tied, torch.arange(20).reshape(4, 5), "MatMulIntegerToFloat"),

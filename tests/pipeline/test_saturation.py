@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from pipeline.helpers import deploy, initializers, run_file, run_model, sqnr_db
 from torch import Tensor, nn
 
 import qdq
+from pipeline.helpers import deploy, initializers, run_file, run_model, sqnr_db
 from qdq.constant_quantizers import BIAS_CODE_LIMIT, BiasQuantizer, WeightQuantizer
 from qdq.cpuinfo import has_vnni
 from qdq.saturation import LARGEST_PAIR, shrink_pairs
@@ -182,7 +182,8 @@ def test_a_huge_bias_over_tiny_weights_enlarges_the_step(
     if not per_tensor:
         input_step = float(deployed.qmodel.get_submodule("input_quantizer").step_size)
         assert (80.0 / (input_step * steps[1].double()) <= BIAS_CODE_LIMIT * 1.0001).all()
-        assert float(steps[2]) * 127 == pytest.approx(float(layer.weight[2].abs().max()), rel=1.1)  # type: ignore[index]
+        largest = layer.weight[2].detach().abs().max().item()  # type: ignore[index]
+        assert largest * 0.999 <= steps[2].item() * 127 <= largest * 2.001  # its bias fits: it keeps its own range
     stored = [a for a in initializers(deployed.path).values() if a.dtype == np.int32 and a.any()]
     assert len(stored) == 1 and np.abs(stored[0].astype(np.int64)).max() <= BIAS_CODE_LIMIT
     assert deployed.fidelity.sqnr_db > 60, str(deployed.fidelity)

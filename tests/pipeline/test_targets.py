@@ -8,11 +8,11 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from pipeline.helpers import deploy, initializers, quantize, randn, run_file, run_model, sqnr_db
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdq
+from pipeline.helpers import deploy, initializers, quantize, randn, run_file, run_model, sqnr_db
 from qdq.affine_quantizer import AffineQuantizer
 from qdq.constant_quantizers import BiasQuantizer, WeightQuantizer
 from qdq.graph.targets import TARGETS, find_target, reduces_range

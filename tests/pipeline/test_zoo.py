@@ -8,11 +8,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from fixtures.zoo import ZOO
-from pipeline.helpers import Deployed, operations, optimized_graph, quantize, run_file, run_model, sqnr_db
 from torch import nn
 
 import qdq
+from fixtures.zoo import ZOO
+from pipeline.helpers import Deployed, operations, optimized_graph, quantize, run_file, run_model, sqnr_db
 
 # Floors between simulation and ONNX Runtime. Where codes agree, only float rounding is left (about 140 dB); a code that
 # differs by one somewhere costs a network of this size 40 to 60 dB of that.

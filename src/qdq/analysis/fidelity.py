@@ -18,6 +18,7 @@ from ..cpuinfo import saturates_u8s8
 from ..errors import DataError
 from ..graph.record import Record, record_of
 from ..graph.targets import TARGETS
+from ..stand_in import StandIn
 from .codes import TensorFidelity, compare_codes
 from .runtime import OnnxRuntimeRunner, OpenVinoRunner, Runner
 
@@ -93,12 +94,13 @@ def _runner(record: Record, path: str) -> Runner:
     return OnnxRuntimeRunner(path)
 
 
-class _Comparison:
+class _Comparison(StandIn):
     """Called as the model is; compares the two on each call."""
 
     def __init__(
         self, graph_module: fx.GraphModule, record: Record, runner: Runner, agreement: Agreement | None
     ) -> None:
+        super().__init__(graph_module, record.contract.signature)
         self.graph_module, self.record, self.runner, self.agreement = graph_module, record, runner, agreement
         self.first: Inputs | None = None
         self.samples = 0
@@ -108,8 +110,8 @@ class _Comparison:
         modules = dict(graph_module.named_modules())
         self.quantizers = [modules.get(name) if name else None for name in record.outputs]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self.record.contract.check(args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.record.contract.check(*self.bind(args, kwargs))
         if self.first is None:
             self.first = (args, kwargs)
         simulated = self.graph_module(*args, **kwargs)

@@ -26,7 +26,7 @@ def eval_copy(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, _detached(model))
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied ({type(error).__name__}: {error}); qdq works on a copy so that yours is never "
@@ -34,6 +34,12 @@ def eval_copy(model: nn.Module) -> nn.Module:
         ) from error
     _check_parameters(twin)
     return twin.eval().requires_grad_(False)
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """Copies of tensors that were computed from others (weight norm, pruning), which deepcopy alone would refuse."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(v): v.detach().clone() for v in values if isinstance(v, torch.Tensor) and not v.is_leaf}
 
 
 def _check_parameters(model: nn.Module) -> None:
