@@ -22,7 +22,7 @@ class Record:
     Attributes:
         contract: the inputs that the graph takes.
         target, recipe: what it was quantized for, and how; None in a float graph.
-        reduced_range: whether integer operations have 7-bit weights.
+        reduced_range: whether the weights of integer operations avoid saturation (`Target.reduce_range`).
         explanation: of every tensor.
         outputs: for every output of the model, the path of its quantizer, None where it is float.
         output_names: of the exported file.
