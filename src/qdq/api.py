@@ -55,7 +55,8 @@ def quantize(
     Args:
         model: float32; neither it nor its train/eval mode is changed. The copy computes as in eval mode.
         batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword
-            arguments), or a callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
+            arguments), or a
+            callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
             dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
             ways, the one that the model runs on is meant. One pass is made.
         target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
