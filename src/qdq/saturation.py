@@ -5,8 +5,9 @@ saturation (Intel 64 and IA-32 Architectures Software Developer's Manual, volume
 different signs, or when their magnitudes add up to at most 128: 255 * 128 = 32640 < 2**15. Codes of 7 bits are
 always safe, but few pairs of 8-bit codes are not, so it is enough to shrink those.
 
-Which codes are neighbours is the kernel's choice. ONNX Runtime walks a convolution's weight with channels last where
-it has moved the graph to that layout, and with channels first otherwise: both are kept safe.
+Which codes are neighbours is the kernel's choice. ONNX Runtime reorders a convolution's weight to
+[spatial..., input channels] for one output channel, whichever layout the graph is in, and pairs from the first value
+on; so does this module.
 """
 
 from __future__ import annotations
@@ -32,11 +33,9 @@ def shrink_pairs(codes: Tensor, axis: int) -> Tensor:
         Codes of the same shape and dtype, none of larger magnitude.
     """
     rows = codes.movedim(axis, 0)
-    if rows.dim() > 2:
-        last = rows.movedim(1, -1)
-        rows = _shrink(last.reshape(rows.shape[0], -1)).reshape(last.shape).movedim(-1, 1)
-    rows = _shrink(rows.reshape(rows.shape[0], -1)).reshape(rows.shape)
-    return rows.movedim(0, axis)
+    walked = rows.movedim(1, -1) if rows.dim() > 2 else rows
+    shrunk = _shrink(walked.reshape(rows.shape[0], -1)).reshape(walked.shape)
+    return (shrunk.movedim(-1, 1) if rows.dim() > 2 else shrunk).movedim(0, axis)
 
 
 def pair_safe_factor(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
@@ -44,7 +43,7 @@ def pair_safe_factor(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
 
     A larger amax makes codes smaller, so that fewer pairs are shrunk; at 2 none is. The error of a channel of n
     values is taken as n * step**2 / 12 for rounding, and for shrinking half the square of what a pair exceeds the
-    limit by (the mean over both orders of a convolution's weight: a value shrunk in one is smaller in the other).
+    limit by.
 
     Args:
         rows: weight with the output channels first.
@@ -60,8 +59,8 @@ def pair_safe_factor(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
 
 
 def _search(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
-    orders = [rows] if rows.dim() == 2 else [rows, rows.movedim(1, -1)]
-    sums = torch.cat([_pair_sums(order.reshape(rows.shape[0], -1)) for order in orders], 1)
+    walked = rows.movedim(1, -1) if rows.dim() > 2 else rows
+    sums = _pair_sums(walked.reshape(rows.shape[0], -1))
     count = rows[0].numel()
     if amax.numel() == 1:
         sums, count = sums.reshape(1, -1), rows.numel()
@@ -72,7 +71,7 @@ def _search(rows: Tensor, amax: Tensor, bound: int) -> Tensor:
             candidate = (centre + offset).clamp(1.0, 2.0)
             step = amax * candidate / bound
             excess = torch.relu(sums - LARGEST_PAIR * step[:, None])
-            error = step.square() * (count / 12) + excess.square_().sum(1) / (2 * len(orders))
+            error = step.square() * (count / 12) + excess.square_().sum(1) / 2
             better = error < least
             factor, least = torch.where(better, candidate, factor), torch.where(better, error, least)
     return factor
