@@ -16,6 +16,7 @@ from .errors import (
 )
 from .graph.explanation import Explanation
 from .graph.targets import Target
+from .module_calibration import calibrating
 from .quantizer import TensorQuantizer
 from .recipe import Override, Recipe
 
@@ -39,6 +40,7 @@ __all__ = [
     "TensorQuantizer",
     "benchmark",
     "calib",
+    "calibrating",
     "explain",
     "export_onnx",
     "functional",

@@ -46,12 +46,13 @@ class Recipe:
     """How a model is quantized. Every field has the default that suits a deployment on the chosen target.
 
     Attributes:
-        weights: descriptor of weights. `num_bits` 2 to 8; `axis=0` gives every output channel its own amax (whatever
+        weights: descriptor of weights. `num_bits` 2 to 8 for a deployment (`qdq.quantize` refuses others), 2 to 16 or
+            (4, 3) for modules (`qdq.nn.quantize_modules`); `axis=0` gives every output channel its own amax (whatever
             axis of the weight holds the output channels), `axis=None` one amax for the tensor; a signed,
             narrow range is always used, as runtimes require it of weights.
-        activations: descriptor of activations: 8 bits, one range per tensor. A given `amax` fixes the range to
-            [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not calibrated. Signedness and zero
-            point are otherwise the target's choice, made from the data.
+        activations: descriptor of activations: one range per tensor, of 8 bits for a deployment, and as for weights for
+            modules. A given `amax` fixes the range to [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not
+            calibrated. In a deployment signedness and zero point are otherwise the target's choice, made from the data.
         calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" takes "max" for
             what linears and matrix products read from float operations (the rare, large activations of transformers
             carry meaning, and clipping them costs accuracy) and "mse" for everything else.
@@ -117,6 +118,24 @@ class Recipe:
     def patterns(self) -> list[str]:
         """Every pattern of `overrides` and `exclude`, in order."""
         return [p for p, _ in self._rules()]
+
+    def check_deployable(self) -> None:
+        """Refuses codes that the targets of `qdq.quantize` do not compute with.
+
+        Raises:
+            RecipeError: weights of other than 2 to 8 bits, or activations of other than 8; it names the place.
+        """
+        scopes: list[tuple[str, Recipe | Override]] = [("", self)]
+        scopes += [(f"overrides[{pattern!r}].", override) for pattern, override in self.overrides.items()]
+        for where, scope in scopes:
+            weights = 8 if scope.weights is None else scope.weights.num_bits
+            activations = 8 if scope.activations is None else scope.activations.num_bits
+            if isinstance(weights, tuple) or not 2 <= weights <= 8:
+                raise RecipeError(f"{where}weights.num_bits must be an integer from 2 to 8, not {weights}")
+            if activations != 8:
+                raise RecipeError(
+                    f"{where}activations.num_bits must be 8, the code that the targets compute with, not {activations}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data: only what differs from the default, and the format's version."""
@@ -305,8 +324,7 @@ def _check_choice(value: Any, where: str, known: tuple[str, ...]) -> None:
 def _check_weights(descriptor: Any, where: str) -> None:
     if not isinstance(descriptor, QuantDescriptor):
         raise RecipeError(f"{where} must be a QuantDescriptor, not {type(descriptor).__name__}")
-    if isinstance(descriptor.num_bits, tuple) or not 2 <= descriptor.num_bits <= 8:
-        raise RecipeError(f"{where}.num_bits must be an integer from 2 to 8, not {descriptor.num_bits}")
+    _check_num_bits(descriptor, where)
     if descriptor.axis not in (None, 0, (0,)):
         raise RecipeError(f"{where}.axis must be 0 (per output channel) or None (per tensor), not {descriptor.axis}")
     if descriptor.unsigned:
@@ -319,15 +337,18 @@ def _check_weights(descriptor: Any, where: str) -> None:
 def _check_activations(descriptor: Any, where: str) -> None:
     if not isinstance(descriptor, QuantDescriptor):
         raise RecipeError(f"{where} must be a QuantDescriptor, not {type(descriptor).__name__}")
-    if descriptor.num_bits != 8:
-        raise RecipeError(
-            f"{where}.num_bits must be 8, the code that the targets compute with, not {descriptor.num_bits}"
-        )
+    _check_num_bits(descriptor, where)
     if descriptor.axis is not None:
         raise RecipeError(f"{where}.axis must be None: the targets take one range per activation tensor")
     if descriptor.amax is not None and (descriptor.amax.size != 1 or not float(descriptor.amax.item()) > 0):
         raise RecipeError(f"{where}.amax must be one positive number")
     _check_plain(descriptor, where)
+
+
+def _check_num_bits(descriptor: QuantDescriptor, where: str) -> None:
+    bits = descriptor.num_bits
+    if not isinstance(bits, tuple) and not 2 <= bits <= 16:
+        raise RecipeError(f"{where}.num_bits must be an integer from 2 to 16, or (4, 3) for E4M3, not {bits}")
 
 
 def _check_plain(descriptor: QuantDescriptor, where: str) -> None:

@@ -65,7 +65,7 @@ def test_a_state_dict_with_bad_amax() -> None:
         with pytest.raises(ValueError, match="negative or infinite amax for the quantizer '1'"):
             q.load_state_dict({"1._amax": torch.tensor(bad)}, strict=False)
     assert q[1].amax is None
-    with pytest.warns(UserWarning, match="holds NaN as amax of the quantizer '1': it was never calibrated"):
+    with pytest.warns(UserWarning, match="quantizers that were never calibrated.*: 1$"):
         q.load_state_dict({"1._amax": torch.tensor(float("nan"))}, strict=False)
     assert q[1].amax.isnan()
 

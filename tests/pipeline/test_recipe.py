@@ -7,22 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import qdq
 from qdq import Override, QuantDescriptor, Recipe, RecipeError
 from qdq.recipe import CALIBRATION_METHODS, matches
 
 PER_TENSOR = QuantDescriptor(num_bits=4, axis=None, narrow_range=True)
 FIXED = QuantDescriptor(num_bits=8, amax=2.5)
 
+bits = st.integers(2, 16) | st.just((4, 3))
 weights = st.builds(
     lambda bits, axis: QuantDescriptor(num_bits=bits, axis=axis, narrow_range=True),
-    st.integers(2, 8),
+    bits,
     st.sampled_from([None, 0, (0,)]),
 )
 activations = st.builds(
-    lambda amax, unsigned: QuantDescriptor(num_bits=8, calib_method="histogram", amax=amax, unsigned=unsigned),
+    lambda bits, amax, unsigned: QuantDescriptor(bits, calib_method="histogram", amax=amax, unsigned=unsigned),
+    bits,
     st.none() | st.floats(0.125, 100.0, width=32),
     st.booleans(),
 )
@@ -166,9 +171,11 @@ def test_patterns_name_a_module_and_everything_inside_it(pattern: str, name: str
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"weights": 8}, "weights must be a QuantDescriptor, not int"),
-    ({"weights": QuantDescriptor(num_bits=1)}, "weights.num_bits must be an integer from 2 to 8, not 1"),
-    ({"weights": QuantDescriptor(num_bits=9)}, "weights.num_bits must be an integer from 2 to 8, not 9"),
-    ({"weights": QuantDescriptor(num_bits=(4, 3))}, "weights.num_bits must be an integer from 2 to 8, not .4, 3."),
+    (
+        {"weights": QuantDescriptor(num_bits=1)},
+        r"weights.num_bits must be an integer from 2 to 16, or \(4, 3\) for E4M3",
+    ),
+    ({"weights": QuantDescriptor(num_bits=17)}, r"weights.num_bits must be an integer from 2 to 16, .*, not 17"),
     ({"weights": QuantDescriptor(axis=1)}, "weights.axis must be 0 .per output channel. or None .per tensor., not 1"),
     ({"weights": QuantDescriptor(unsigned=True)}, "weights.unsigned must be False"),
     (
@@ -177,7 +184,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"weights": QuantDescriptor(amax=1.0)}, "weights.amax must be None: the amax of a weight is taken from"),
     ({"activations": "int8"}, "activations must be a QuantDescriptor, not str"),
-    ({"activations": QuantDescriptor(num_bits=4)}, "activations.num_bits must be 8, the code that the targets comp"),
+    ({"activations": QuantDescriptor(num_bits=1)}, "activations.num_bits must be an integer from 2 to 16, .* not 1"),
+    ({"activations": QuantDescriptor(num_bits=17)}, "activations.num_bits must be an integer from 2 to 16, .* not 17"),
     ({"activations": QuantDescriptor(axis=0)}, "activations.axis must be None: the targets take one range"),
     ({"activations": QuantDescriptor(amax=[1.0, 2.0])}, "activations.amax must be one positive number"),
     ({"activations": QuantDescriptor(amax=0.0)}, "activations.amax must be one positive number"),
@@ -203,12 +211,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"overrides": {"a": {"calibration": "kl"}}}, r"overrides\['a'\].calibration must be one of auto"),
     (
-        {"overrides": {"a": {"weights": {"num_bits": 16}}}},
-        r"overrides\['a'\].weights.num_bits must be an integer from 2",
+        {"overrides": {"a": {"weights": {"num_bits": 32}}}},
+        r"overrides\['a'\].weights.num_bits must be an integer from 2 to 16, .* not 32",
     ),
     ({"overrides": {"a": {"weights": 4}}}, r"overrides\['a'\].weights must be a mapping, not int"),
     ({"overrides": {"a": {"weights": {"bits": 4}}}}, r"overrides\['a'\].weights: .*bits"),
-    ({"overrides": {"a": Override(activations=PER_TENSOR)}}, r"overrides\['a'\].activations.num_bits must be 8"),
+    (
+        {"overrides": {"a": Override(activations=QuantDescriptor(num_bits=1))}},
+        r"overrides\['a'\].activations.num_bits must be an integer from 2 to 16",
+    ),
 ]
 
 
@@ -216,6 +227,41 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_values_out_of_range_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe(**fields)
+
+
+ONLY_FOR_MODULES: list[tuple[dict[str, Any], str]] = [
+    ({"weights": QuantDescriptor(num_bits=9)}, "^weights.num_bits must be an integer from 2 to 8, not 9$"),
+    ({"weights": QuantDescriptor(num_bits=(4, 3))}, r"^weights.num_bits must be an integer from 2 to 8, not \(4, 3\)$"),
+    (
+        {"activations": QuantDescriptor(num_bits=4)},
+        "^activations.num_bits must be 8, the code that the targets compute with, not 4$",
+    ),
+    (
+        {"activations": QuantDescriptor(num_bits=(4, 3))},
+        r"^activations.num_bits must be 8, the code that the targets compute with, not \(4, 3\)$",
+    ),
+    (
+        {"overrides": {"a": {"weights": {"num_bits": 16}}}},
+        r"^overrides\['a'\].weights.num_bits must be an integer from 2 to 8, not 16$",
+    ),
+    ({"overrides": {"a": Override(activations=PER_TENSOR)}}, r"^overrides\['a'\].activations.num_bits must be 8"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), ONLY_FOR_MODULES, ids=lambda v: v if isinstance(v, str) else "")
+def test_codes_that_no_target_computes_with_are_refused_at_the_door_of_quantize(
+    fields: dict[str, Any], message: str
+) -> None:
+    recipe = Recipe(**fields)
+    with pytest.raises(RecipeError, match=message):
+        recipe.check_deployable()
+    with pytest.raises(RecipeError, match=message):
+        qdq.quantize(nn.Linear(2, 2), [torch.zeros(1, 2)], recipe=recipe)
+
+
+def test_codes_of_a_deployment_pass() -> None:
+    for bits in range(2, 9):
+        Recipe(weights=QuantDescriptor(num_bits=bits), overrides={"a": float}).check_deployable()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +273,7 @@ def test_values_out_of_range_are_refused_by_name(fields: dict[str, Any], message
         ("weights: 4", "weights must be a mapping, not int"),
         ("weights: {num_bits: 4, colour: red}", "weights: .*colour"),
         ("weights: {num_bits: four}", "weights: .*num_bits"),
-        ("weights: {num_bits: [4, 3]}", r"weights.num_bits must be an integer from 2 to 8, not \(4, 3\)"),
+        ("weights: {num_bits: [5, 2]}", r"weights: num_bits must be an integer, or \(4, 3\) for E4M3, got \(5, 2\)"),
         ("a: [", "the recipe is not valid YAML"),
     ],
 )

@@ -7,6 +7,7 @@ from .histogram import HistogramCalibrator
 from .max import MaxCalibrator
 from .ranges import affine_range, channel_mse_amax
 from .solvers import entropy_amax, mse_amax, percentile_amax
+from .weights import calibrate_weights
 
 __all__ = [
     "HistogramCalibrator",
@@ -14,6 +15,7 @@ __all__ = [
     "MaxCalibrator",
     "RangeCollector",
     "affine_range",
+    "calibrate_weights",
     "channel_mse_amax",
     "entropy_amax",
     "mse_amax",

@@ -17,6 +17,22 @@ _CHUNK = 1 << 18
 _MOST_BINS = 1 << 22
 
 
+def comparable(values: Tensor) -> Tensor:
+    """``values`` in the dtype that they are compared with edges in: float64 on a CPU, else float32 or float64."""
+    if values.device.type == "cpu":
+        return values.to(torch.float64)
+    return values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)
+
+
+def bin_index(values: Tensor, width: Tensor | float) -> Tensor:
+    """The int64 k with ``k * width <= values < (k + 1) * width``, for values of at least 0 and positive widths."""
+    index = torch.floor(values / width)
+    # The quotient may round across an edge: compare with the edges on both sides.
+    index -= (index * width > values).to(index.dtype)
+    index += ((index + 1) * width <= values).to(index.dtype)
+    return index.to(torch.int64)
+
+
 class HistogramCalibrator(Calibrator):
     """A histogram of absolute values, and the amax that a method finds in it.
 
@@ -128,13 +144,8 @@ class HistogramCalibrator(Calibrator):
         self._counts = counts
 
     def _count(self, values: Tensor, num_bins: int) -> Tensor:
-        if values.device.type == "cpu":
-            values = values.to(torch.float64)
-        # The quotient may round across an edge: compare with the edges on both sides.
-        index = torch.floor(values / self._width)
-        index -= (index * self._width > values).to(index.dtype)
-        index += ((index + 1) * self._width <= values).to(index.dtype)
-        return torch.bincount(index.clamp_(0, num_bins - 1).to(torch.int64), minlength=num_bins)
+        index = bin_index(comparable(values), self._width)
+        return torch.bincount(index.clamp_(0, num_bins - 1), minlength=num_bins)
 
     def reset(self) -> None:
         """Forget what was seen."""
