@@ -256,6 +256,27 @@ def demo(
 
 @app.command()
 @guarded
+def migrate(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Python files, and folders to search.", show_default=False)
+    ],
+    write: Annotated[bool, typer.Option("--write", help="Rewrite the files; else they are only shown.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """List the imports of `pytorch_quantization` and what they become in qdq, as a diff; --write rewrites them.
+
+    Exits with 0 if nothing is to be rewritten or all of it was, 1 if something would be rewritten or a file failed, and
+    2 if a path does not exist. What cannot be rewritten safely is left and listed: the old names work as well.
+    """
+    from qdq._cli.migrate import migrate as migrate_files
+
+    code = migrate_files(paths, write=write, console=_console())
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+@guarded
 def doctor(debug: _Debug = False) -> None:
     """Say what this machine and this environment can do. Exits with 1 if `qdq quantize` could not finish here."""
     from qdq._cli.diagnosis import diagnose
