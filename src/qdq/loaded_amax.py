@@ -38,8 +38,8 @@ def check_loaded_amax(quantizer: nn.Module, value: Tensor, prefix: str) -> None:
     names, level = [name], 2
     # PyTorch loads module by module and tells none of them when the last is done: look at the call that began it.
     frame, depth = _load_state_dict_frame()
-    if frame is not None:
-        model, state_dict = frame.f_locals["self"], frame.f_locals["state_dict"]
+    model, state_dict = (None, None) if frame is None else map(frame.f_locals.get, ("self", "state_dict"))
+    if isinstance(model, nn.Module) and isinstance(state_dict, Mapping):
         found = _quantizers_with_nan(model, state_dict)
         # A hook may have given this quantizer a key of another name: then it speaks for itself.
         names, level = found if name in found else names, depth + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,8 +19,6 @@ from .errors import CalibrationError, QdqError
 from .quantizer import TensorQuantizer
 
 METHODS = ("max", "entropy", "mse", "percentile")
-
-_in_calibration: weakref.WeakSet[TensorQuantizer] = weakref.WeakSet()
 
 
 class CalibrationProgress:
@@ -96,10 +93,9 @@ def _calibrating(
     model: nn.Module, method: str, percentile: float, strict: bool, num_bins: int
 ) -> Iterator[CalibrationProgress]:
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
-    recorders = _recorders(model, quantizers, method, percentile, num_bins)
+    recorders = _recorders(quantizers, method, percentile, num_bins)
     before = {quantizer: _Stages.of(quantizer) for quantizer in quantizers.values()}
     training = {module: module.training for module in model.modules()}
-    _in_calibration.update(before)
     try:
         model.eval()
         for name, quantizer in quantizers.items():
@@ -124,16 +120,15 @@ def _calibrating(
             stages.restore(quantizer)
         for module, flag in training.items():
             module.training = flag
-        _in_calibration.difference_update(before)
 
 
 def _recorders(
-    model: nn.Module, quantizers: dict[str, TensorQuantizer], method: str, percentile: float, num_bins: int
+    quantizers: dict[str, TensorQuantizer], method: str, percentile: float, num_bins: int
 ) -> dict[str, _Recorder]:
     """A recorder for every quantizer to calibrate."""
     if not quantizers:
         raise CalibrationError("the model has no quantizers: convert it with qdq.nn.quantize_modules first")
-    busy = [name for name, quantizer in quantizers.items() if quantizer in _in_calibration]
+    busy = [name for name, quantizer in quantizers.items() if isinstance(quantizer._calibrator, _Recorder)]
     if busy:
         raise CalibrationError(f"the model is being calibrated in an outer block already: quantizer {busy[0]}")
     wanted = {n: q for n, q in quantizers.items() if not q.disabled and q._calibrator is not None}
@@ -161,6 +156,7 @@ def _check_seen(unseen: list[str], strict: bool) -> None:
             f"{message}. No amax was changed: calibrate with data that reach these parts of the model, disable those "
             "that are not used, or pass strict=False"
         )
+    # Points at the `with` statement: this function, the generator, contextlib twice.
     warnings.warn(f"{message}; their amax is as before", stacklevel=5)
 
 

@@ -48,8 +48,8 @@ class Recipe:
     Attributes:
         weights: descriptor of weights. `num_bits` 2 to 8 for a deployment (`qdq.quantize` refuses others), 2 to 16 or
             (4, 3) for modules (`qdq.nn.quantize_modules`); `axis=0` gives every output channel its own amax (whatever
-            axis of the weight holds the output channels), `axis=None` one amax for the tensor; a signed,
-            narrow range is always used, as runtimes require it of weights.
+            axis of the weight holds the output channels), `axis=None` one amax for the tensor. A deployment always uses
+            a signed, narrow range, as runtimes require it of weights.
         activations: descriptor of activations: one range per tensor, of 8 bits for a deployment, and as for weights for
             modules. A given `amax` fixes the range to [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not
             calibrated. In a deployment signedness and zero point are otherwise the target's choice, made from the data.

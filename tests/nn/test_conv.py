@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qdq.nn as qnn
 from qdq import QuantDescriptor
-from qdq.nn.conv import _QuantConvNd
+from qdq.nn.conv import QuantConvNd
 
 SPATIAL = {1: (7,), 2: (7, 6), 3: (5, 4, 6)}
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -158,7 +158,7 @@ def test_what_torch_refuses_is_refused(arguments: dict[str, Any], message: str) 
         qnn.QuantConv2d(4, 6, 3, **arguments)
 
 
-class SmoothingConv(_QuantConvNd):
+class SmoothingConv(QuantConvNd):
     """A convolution of one's own on the published base class."""
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
@@ -181,7 +181,7 @@ def test_base_class_of_ones_own_convolutions() -> None:
     weight = layer.weight_quantizer(layer.weight).softmax(-1)
     expected = nn.functional.conv2d(layer.input_quantizer(x), weight, None, padding=1, groups=4)
     assert torch.equal(layer(x), expected)
-    assert issubclass(qnn.QuantConv1d, _QuantConvNd) and issubclass(qnn.QuantConv3d, _QuantConvNd)
+    assert issubclass(qnn.QuantConv1d, QuantConvNd) and issubclass(qnn.QuantConv3d, QuantConvNd)
     with pytest.raises(TypeError, match="Unused keys: extra"):
         SmoothingConv(4, extra=1)
     with pytest.raises(ValueError, match="Only fake quantization is supported"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qdq.nn as qnn
 from qdq import QuantDescriptor, descriptor
-from qdq.nn.conv_transpose import _QuantConvTransposeNd
+from qdq.nn.conv_transpose import QuantConvTransposeNd
 
 SPATIAL = {1: (5,), 2: (5, 4), 3: (3, 4, 5)}
 every_dimension = pytest.mark.parametrize("d", SPATIAL)
@@ -139,7 +139,7 @@ def test_padding_modes_other_than_zeros_are_refused(d: int, mode: str) -> None:
         quantized(4, 3, 2, padding_mode=mode)
 
 
-class Upsampling(_QuantConvTransposeNd):
+class Upsampling(QuantConvTransposeNd):
     """A transposed convolution of one's own on the published base class."""
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
@@ -156,7 +156,7 @@ def test_base_class_of_ones_own_transposed_convolutions() -> None:
     x = sample(2).float()
     assert torch.equal(layer(x), twin(x))
     assert layer.weight_quantizer.axis == 1
-    assert issubclass(qnn.QuantConvTranspose1d, _QuantConvTransposeNd)
-    assert issubclass(qnn.QuantConvTranspose3d, _QuantConvTransposeNd)
+    assert issubclass(qnn.QuantConvTranspose1d, QuantConvTransposeNd)
+    assert issubclass(qnn.QuantConvTranspose3d, QuantConvTransposeNd)
     with pytest.raises(ValueError, match="Only fake quantization is supported"):
         Upsampling(4, quant_desc_weight=QuantDescriptor(fake_quant=False))

@@ -408,3 +408,13 @@ def test_torchscript_is_refused() -> None:
         scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(QdqError, match="model is TorchScript, whose modules cannot be converted"):
         quantize_modules(scripted)
+
+
+def test_fields_of_a_recipe_without_meaning_for_modules_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = {"0": {"calibration": "max"}}
+    recipe = qdq.Recipe(calibration="mse", weight_calibration="mse", overrides=overrides)
+    quantize_modules(nn.Sequential(nn.Linear(2, 2)), recipe)
+    assert "does not use these fields of the recipe: calibration, weight_calibration, calibration of ov" in caplog.text
+    caplog.clear()
+    quantize_modules(nn.Sequential(nn.Linear(2, 2)), qdq.Recipe())
+    assert caplog.text == ""

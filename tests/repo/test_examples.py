@@ -75,7 +75,7 @@ def test_a_migrated_example_prints_the_same(tmp_path: Path) -> None:
     text = (EXAMPLES / "qat_cnn_old_style.py").read_text(encoding="utf-8")
     native = tmp_path / "native.py"
     native.write_text(migrate_text(text).text, encoding="utf-8")
-    assert "import pytorch_quantization" not in native.read_text(encoding="utf-8")
+    assert not re.search(r"(?:import|from) pytorch_quantization", native.read_text(encoding="utf-8"))
     arguments = ("--epochs", "1", "--qat-epochs", "1")
     outputs = [run(path, tmp_path, *arguments).stdout for path in (EXAMPLES / "qat_cnn_old_style.py", native)]
     assert outputs[0] == outputs[1]

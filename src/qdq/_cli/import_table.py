@@ -44,8 +44,8 @@ def _table() -> dict[str, tuple[str, ...]]:
         for name in (f"Quant{layer}", layer) if layer in _LAYERS else (f"Quant{layer}",):
             put(f"nn.{name}", f"nn.Quant{layer}")
             put(f"nn.modules.{file}.{name}", f"nn.Quant{layer}")
-    put("nn.modules.quant_conv._QuantConvNd", "nn.conv._QuantConvNd")
-    put("nn.modules.quant_conv._QuantConvTransposeNd", "nn.conv_transpose._QuantConvTransposeNd")
+    put("nn.modules.quant_conv._QuantConvNd", "nn.conv.QuantConvNd")
+    put("nn.modules.quant_conv._QuantConvTransposeNd", "nn.conv_transpose.QuantConvTransposeNd")
     put("nn.TensorQuantizer", "nn.TensorQuantizer", "quantizer.TensorQuantizer", "TensorQuantizer")
     put(
         "nn.modules.tensor_quantizer.TensorQuantizer",

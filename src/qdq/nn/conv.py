@@ -15,8 +15,10 @@ from ..descriptor import (
 )
 from .quantized_module import QuantMixin, pop_quant_desc_in_kwargs
 
+_Size = int | tuple[int, ...]
 
-class _QuantConvNd(_ConvNd, QuantMixin):
+
+class QuantConvNd(_ConvNd, QuantMixin):
     """What the quantized convolutions share; also a base for convolutions of one's own.
 
     The input is quantized first and padded after it. Zero is a code of every symmetric quantizer and the other
@@ -61,7 +63,33 @@ class _QuantConvNd(_ConvNd, QuantMixin):
         return self._conv_forward(self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias)
 
 
-class QuantConv1d(_QuantConvNd, Conv1d):
+class _QuantConv(QuantConvNd):
+    """The constructor of the classes below. They name torch's class, because `torch.nn` may have been patched."""
+
+    _float_class: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: str | _Size = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
+        sizes = (kernel_size, stride, padding, dilation)
+        self._float_class.__init__(self, in_channels, out_channels, *sizes, groups, bias, padding_mode, device, dtype)
+        self.init_quantizer(*descriptors)
+
+
+class QuantConv1d(_QuantConv, Conv1d):
     """`torch.nn.Conv1d` with a quantized input and a quantized weight (default: one amax per output channel).
 
     The input is quantized first and padded after it, in every padding mode.
@@ -75,98 +103,19 @@ class QuantConv1d(_QuantConvNd, Conv1d):
         ValueError: a descriptor with `fake_quant=False`; what torch refuses.
     """
 
+    _float_class = Conv1d
     default_quant_desc_weight = QUANT_DESC_8BIT_CONV1D_WEIGHT_PER_CHANNEL
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: str | int | tuple[int] = 0,
-        dilation: int | tuple[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        sizes = (kernel_size, stride, padding, dilation)
-        Conv1d.__init__(self, in_channels, out_channels, *sizes, groups, bias, padding_mode, device, dtype)
-        self.init_quantizer(*descriptors)
 
+class QuantConv2d(_QuantConv, Conv2d):
+    """`torch.nn.Conv2d` with a quantized input and a quantized weight: as :class:`QuantConv1d`."""
 
-class QuantConv2d(_QuantConvNd, Conv2d):
-    """`torch.nn.Conv2d` with a quantized input and a quantized weight (default: one amax per output channel).
-
-    The input is quantized first and padded after it, in every padding mode.
-
-    Args:
-        in_channels ... dtype: as `torch.nn.Conv2d`, in its order.
-        **kwargs: `quant_desc_input`, `quant_desc_weight`.
-
-    Raises:
-        TypeError: other keywords.
-        ValueError: a descriptor with `fake_quant=False`; what torch refuses.
-    """
-
+    _float_class = Conv2d
     default_quant_desc_weight = QUANT_DESC_8BIT_CONV2D_WEIGHT_PER_CHANNEL
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        sizes = (kernel_size, stride, padding, dilation)
-        Conv2d.__init__(self, in_channels, out_channels, *sizes, groups, bias, padding_mode, device, dtype)
-        self.init_quantizer(*descriptors)
 
+class QuantConv3d(_QuantConv, Conv3d):
+    """`torch.nn.Conv3d` with a quantized input and a quantized weight: as :class:`QuantConv1d`."""
 
-class QuantConv3d(_QuantConvNd, Conv3d):
-    """`torch.nn.Conv3d` with a quantized input and a quantized weight (default: one amax per output channel).
-
-    The input is quantized first and padded after it, in every padding mode.
-
-    Args:
-        in_channels ... dtype: as `torch.nn.Conv3d`, in its order.
-        **kwargs: `quant_desc_input`, `quant_desc_weight`.
-
-    Raises:
-        TypeError: other keywords.
-        ValueError: a descriptor with `fake_quant=False`; what torch refuses.
-    """
-
+    _float_class = Conv3d
     default_quant_desc_weight = QUANT_DESC_8BIT_CONV3D_WEIGHT_PER_CHANNEL
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: str | int | tuple[int, int, int] = 0,
-        dilation: int | tuple[int, int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        sizes = (kernel_size, stride, padding, dilation)
-        Conv3d.__init__(self, in_channels, out_channels, *sizes, groups, bias, padding_mode, device, dtype)
-        self.init_quantizer(*descriptors)

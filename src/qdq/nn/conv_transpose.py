@@ -15,10 +15,11 @@ from .quantized_module import QuantMixin, pop_quant_desc_in_kwargs
 # A transposed convolution's weight is (in, out / groups, ...): its output channels are on axis 1. The predefined
 # descriptors QUANT_DESC_8BIT_CONVTRANSPOSE*_WEIGHT_PER_CHANNEL keep the published axis 0, which is less accurate.
 _PER_OUTPUT_CHANNEL = QuantDescriptor(num_bits=8, axis=1)
+_Size = int | tuple[int, ...]
 _FUNCTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-class _QuantConvTransposeNd(_ConvTransposeNd, QuantMixin):
+class QuantConvTransposeNd(_ConvTransposeNd, QuantMixin):
     """What the quantized transposed convolutions share; also a base for ones of one's own.
 
     Args:
@@ -80,7 +81,35 @@ class _QuantConvTransposeNd(_ConvTransposeNd, QuantMixin):
         return function(quantized, weight, self.bias, stride, padding, output_padding, self.groups, dilation)
 
 
-class QuantConvTranspose1d(_QuantConvTransposeNd, ConvTranspose1d):
+class _QuantConvTranspose(QuantConvTransposeNd):
+    """The constructor of the classes below. They name torch's class, because `torch.nn` may have been patched."""
+
+    _float_class: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: _Size = 0,
+        output_padding: _Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: _Size = 1,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
+        sizes = (kernel_size, stride, padding, output_padding)
+        others = (groups, bias, dilation, padding_mode, device, dtype)
+        self._float_class.__init__(self, in_channels, out_channels, *sizes, *others)
+        self.init_quantizer(*descriptors)
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` with quantized input and weight (default: one amax per output channel, axis 1).
 
     Args:
@@ -92,100 +121,20 @@ class QuantConvTranspose1d(_QuantConvTransposeNd, ConvTranspose1d):
         ValueError: a descriptor with `fake_quant=False`; a padding mode other than "zeros".
     """
 
+    _float_class = ConvTranspose1d
+    # Every class has a default of its own: setting one does not change the others.
     default_quant_desc_weight = _PER_OUTPUT_CHANNEL
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] = 0,
-        output_padding: int | tuple[int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int] = 1,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        sizes = (kernel_size, stride, padding, output_padding)
-        others = (groups, bias, dilation, padding_mode, device, dtype)
-        ConvTranspose1d.__init__(self, in_channels, out_channels, *sizes, *others)
-        self.init_quantizer(*descriptors)
 
+class QuantConvTranspose2d(_QuantConvTranspose, ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with quantized input and weight: as :class:`QuantConvTranspose1d`."""
 
-class QuantConvTranspose2d(_QuantConvTransposeNd, ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` with quantized input and weight (default: one amax per output channel, axis 1).
-
-    Args:
-        in_channels ... dtype: as `torch.nn.ConvTranspose2d`, in its order.
-        **kwargs: `quant_desc_input`, `quant_desc_weight`.
-
-    Raises:
-        TypeError: other keywords.
-        ValueError: a descriptor with `fake_quant=False`; a padding mode other than "zeros".
-    """
-
+    _float_class = ConvTranspose2d
     default_quant_desc_weight = _PER_OUTPUT_CHANNEL
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        output_padding: int | tuple[int, int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, int] = 1,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        sizes = (kernel_size, stride, padding, output_padding)
-        others = (groups, bias, dilation, padding_mode, device, dtype)
-        ConvTranspose2d.__init__(self, in_channels, out_channels, *sizes, *others)
-        self.init_quantizer(*descriptors)
 
+class QuantConvTranspose3d(_QuantConvTranspose, ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with quantized input and weight: as :class:`QuantConvTranspose1d`."""
 
-class QuantConvTranspose3d(_QuantConvTransposeNd, ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` with quantized input and weight (default: one amax per output channel, axis 1).
-
-    Args:
-        in_channels ... dtype: as `torch.nn.ConvTranspose3d`, in its order.
-        **kwargs: `quant_desc_input`, `quant_desc_weight`.
-
-    Raises:
-        TypeError: other keywords.
-        ValueError: a descriptor with `fake_quant=False`; a padding mode other than "zeros".
-    """
-
+    _float_class = ConvTranspose3d
     default_quant_desc_weight = _PER_OUTPUT_CHANNEL
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: int | tuple[int, int, int] = 0,
-        output_padding: int | tuple[int, int, int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, int, int] = 1,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
-        sizes = (kernel_size, stride, padding, output_padding)
-        others = (groups, bias, dilation, padding_mode, device, dtype)
-        ConvTranspose3d.__init__(self, in_channels, out_channels, *sizes, *others)
-        self.init_quantizer(*descriptors)

@@ -32,7 +32,7 @@ from .pooling import (
     QuantAvgPool2d,
     QuantAvgPool3d,
 )
-from .quantized_module import QuantInputMixin, QuantMixin
+from .quantized_module import QuantInputMixin, QuantMixin, QuantWeightMixin
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ _FUSED_PATHS = (
     (nn.TransformerEncoder, "use_nested_tensor", False),
 )
 _SAVED = "_before_quantization_"
+_UNUSED_FIELDS = ("calibration", "percentile", "weight_calibration", "reduce_range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,9 @@ def quantize_modules(model: M, recipe: Recipe | None = None) -> M:
         recipe: its `weights` and `activations` are the descriptors, where `axis=0` of weights means their output
             channels; `overrides` and `exclude` are matched with module paths and parameter names (an attention module
             is one unit); `attention=False` leaves the products of attention in float. Where activations have an
-            `amax`, it is kept, and the quantizers have no calibrator. The fields about calibration and targets have no
-            meaning here: `qdq.calibrating` takes a method. None takes the default descriptors of the quantized
-            classes (`QuantLinear.set_default_quant_desc_input`, ...).
+            `amax`, it is kept, and the quantizers have no calibrator. The fields about calibration and runtimes have no
+            meaning here, which a log line says where they are set: `qdq.calibrating` takes a method. None takes the
+            default descriptors of the quantized classes (`QuantLinear.set_default_quant_desc_input`, ...).
 
     Returns:
         `model`, ready for `qdq.calibrating`.
@@ -116,6 +117,7 @@ def quantize_modules(model: M, recipe: Recipe | None = None) -> M:
     Raises:
         QdqError: not a module; TorchScript; a lazy module that has not run yet. Nothing is converted.
         RecipeError: not a Recipe, or a pattern that matches nothing. Nothing is converted.
+        ValueError: a descriptor that a layer does not take, such as one with an axis for attention. As above.
     """
     _check_model(model)
     if recipe is not None and not isinstance(recipe, Recipe):
@@ -131,6 +133,8 @@ def quantize_modules(model: M, recipe: Recipe | None = None) -> M:
             _to_float(module)
         raise
     _leave_fused_paths(model)
+    if recipe is not None:
+        _tell_of_unused_fields(recipe)
     if left:
         _log.warning("left in float: %s", "; ".join(f"{path or 'the model'} ({why})" for path, why in left))
     return model
@@ -216,8 +220,21 @@ def _plan(model: nn.Module, recipe: Recipe | None) -> tuple[list[_Change], list[
     return changes, left
 
 
+def _tell_of_unused_fields(recipe: Recipe) -> None:
+    default = Recipe()
+    unused = [name for name in _UNUSED_FIELDS if getattr(recipe, name) != getattr(default, name)]
+    if any(override.calibration is not None for override in recipe.overrides.values()):
+        unused.append("calibration of overrides")
+    if unused:
+        _log.warning(
+            "quantize_modules does not use these fields of the recipe: %s; qdq.calibrating(model, method=...) and "
+            "qdq.calib.calibrate_weights take a method",
+            ", ".join(unused),
+        )
+
+
 def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, (QuantMixin, QuantInputMixin)) or any(
+    return isinstance(module, (QuantMixin, QuantInputMixin, QuantWeightMixin)) or any(
         isinstance(child, TensorQuantizer) for child in module.children()
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..descriptor import QuantDescriptor
-from ..quantizer import TensorQuantizer
-from .quantized_module import check_descriptor, make_quantizer
+from .quantized_module import QuantWeightMixin
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(nn.Embedding, QuantWeightMixin):
     """`torch.nn.Embedding` with a quantized weight; the indices are integers, so there is no input quantizer.
 
     The default descriptor has one amax per row, as PyTorch's own quantized embeddings have: a row is one token, rows
@@ -36,8 +34,7 @@ class QuantEmbedding(nn.Embedding):
         ValueError: a descriptor with `fake_quant=False`.
     """
 
-    default_quant_desc_weight: QuantDescriptor = QuantDescriptor(num_bits=8, axis=0)
-    _weight_quantizer: TensorQuantizer
+    default_quant_desc_weight = QuantDescriptor(num_bits=8, axis=0)
 
     def __init__(
         self,
@@ -89,29 +86,6 @@ class QuantEmbedding(nn.Embedding):
         embedding = super().from_pretrained(embeddings, *args, **kwargs)
         embedding.add_quantizers(descriptor)
         return embedding
-
-    @classmethod
-    def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
-        """Make a copy of `value` the default of this class.
-
-        Raises:
-            ValueError: not a QuantDescriptor.
-        """
-        check_descriptor(value, f"the default weight descriptor of {cls.__name__}")
-        cls.default_quant_desc_weight = copy.deepcopy(value)
-
-    def add_quantizers(self, quant_desc_weight: QuantDescriptor) -> None:
-        """Add `_weight_quantizer`; also for a `torch.nn.Embedding` whose class was just changed to this one.
-
-        Raises:
-            ValueError: not a descriptor, or one with `fake_quant=False`.
-        """
-        self._weight_quantizer = make_quantizer(self, quant_desc_weight, "quant_desc_weight")
-
-    @property
-    def weight_quantizer(self) -> TensorQuantizer:
-        """The quantizer of the weight."""
-        return self._weight_quantizer
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of the quantized weight at the integer indices `input`: (*) to (*, embedding_dim).

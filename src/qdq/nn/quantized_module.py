@@ -48,7 +48,7 @@ def _one_or_list(module: Any, name: str) -> TensorQuantizer:
 
 
 class _InputQuantized:
-    """The input's half of both mixins."""
+    """The input's half of the mixins."""
 
     default_quant_desc_input: QuantDescriptor = QUANT_DESC_8BIT_PER_TENSOR
     _input_quantizer: TensorQuantizer
@@ -68,6 +68,29 @@ class _InputQuantized:
     def input_quantizer(self) -> TensorQuantizer:
         """The quantizer of the input; in a module with `num_layers` quantizers, the list of them."""
         return _one_or_list(self, "_input_quantizer")
+
+
+class _WeightQuantized:
+    """The weight's half of the mixins."""
+
+    default_quant_desc_weight: QuantDescriptor = QUANT_DESC_8BIT_CONV2D_WEIGHT_PER_CHANNEL
+    _weight_quantizer: TensorQuantizer
+    _weight_quantizers: nn.ModuleList
+
+    @classmethod
+    def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
+        """Make a copy of `value` the default of this class and of subclasses without their own; the rest keep theirs.
+
+        Raises:
+            ValueError: not a QuantDescriptor.
+        """
+        check_descriptor(value, f"the default weight descriptor of {cls.__name__}")
+        cls.default_quant_desc_weight = copy.deepcopy(value)
+
+    @property
+    def weight_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the weight; in a module with `num_layers` quantizers, the list of them."""
+        return _one_or_list(self, "_weight_quantizer")
 
 
 class QuantInputMixin(_InputQuantized):
@@ -92,6 +115,18 @@ class QuantInputMixin(_InputQuantized):
         self._input_quantizer = make_quantizer(self, quant_desc_input, "quant_desc_input")
 
 
+class QuantWeightMixin(_WeightQuantized):
+    """For modules that quantize their weight only: a class default for its descriptor, and `_weight_quantizer`."""
+
+    def add_quantizers(self, quant_desc_weight: QuantDescriptor) -> None:
+        """Add the quantizer `_weight_quantizer`.
+
+        Raises:
+            ValueError: not a descriptor, or one with `fake_quant=False`.
+        """
+        self._weight_quantizer = make_quantizer(self, quant_desc_weight, "quant_desc_weight")
+
+
 class QuantInputLayer(QuantInputMixin, nn.Module):
     """Base of the layers that are a `torch.nn` module of the quantized input: named before that module's class."""
 
@@ -100,26 +135,12 @@ class QuantInputLayer(QuantInputMixin, nn.Module):
         return super().forward(self._input_quantizer(input))
 
 
-class QuantMixin(_InputQuantized):
+class QuantMixin(_InputQuantized, _WeightQuantized):
     """For modules that quantize their input and their weight: class defaults, and the two quantizers.
 
     A module class inherits from this and a `torch.nn` class, and calls `init_quantizer` at the end of its `__init__`
     with what `pop_quant_desc_in_kwargs` returns.
     """
-
-    default_quant_desc_weight: QuantDescriptor = QUANT_DESC_8BIT_CONV2D_WEIGHT_PER_CHANNEL
-    _weight_quantizer: TensorQuantizer
-    _weight_quantizers: nn.ModuleList
-
-    @classmethod
-    def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
-        """Make a copy of `value` the default of this class and of subclasses without their own; the rest keep theirs.
-
-        Raises:
-            ValueError: not a QuantDescriptor.
-        """
-        check_descriptor(value, f"the default weight descriptor of {cls.__name__}")
-        cls.default_quant_desc_weight = copy.deepcopy(value)
 
     def init_quantizer(
         self, quant_desc_input: QuantDescriptor, quant_desc_weight: QuantDescriptor, num_layers: int | None = None
@@ -149,11 +170,6 @@ class QuantMixin(_InputQuantized):
         else:
             self._input_quantizers = nn.ModuleList(of_input() for _ in range(num_layers))
             self._weight_quantizers = nn.ModuleList(of_weight() for _ in range(num_layers))
-
-    @property
-    def weight_quantizer(self) -> TensorQuantizer:
-        """The quantizer of the weight; in a module with `num_layers` quantizers, the list of them."""
-        return _one_or_list(self, "_weight_quantizer")
 
 
 def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs: Any) -> Any:
