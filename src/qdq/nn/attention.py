@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..calib.quantized_weights import QuantizedWeight
 from ..descriptor import QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW, QuantDescriptor
 from ..quantizer import TensorQuantizer
 from .quantized_module import QuantMixin, check_descriptor, make_quantizer, pop_quant_desc_in_kwargs
@@ -203,12 +205,20 @@ class QuantMultiheadAttention(nn.MultiheadAttention, QuantMixin):
             output, weights = output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output, weights
 
+    def quantized_weights(self) -> Iterator[QuantizedWeight]:
+        """The weights of the four projections, each with its quantizer."""
+        for name, weight in zip("qkv", self._in_projections(), strict=True):
+            yield f"{name}_proj_weight", [weight], getattr(self, f"_{name}_proj_weight_quantizer")
+        yield "out_proj.weight", [self.out_proj.weight], self._out_proj_weight_quantizer
+
+    def _in_projections(self) -> tuple[Tensor, ...]:
+        if self.in_proj_weight is not None:
+            return self.in_proj_weight.chunk(3)
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, keys and values with what `add_bias_kv` and `add_zero_attn` append."""
-        if self.in_proj_weight is not None:
-            wq, wk, wv = self.in_proj_weight.chunk(3)
-        else:
-            wq, wk, wv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        wq, wk, wv = self._in_projections()
         bq, bk, bv = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q = F.linear(self._q_proj_input_quantizer(query), self._q_proj_weight_quantizer(wq), bq)
         k = F.linear(self._k_proj_input_quantizer(key), self._k_proj_weight_quantizer(wk), bk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from ..calib.quantized_weights import QuantizedWeight
 from ..descriptor import QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW
 from ..quantizer import TensorQuantizer
 from .quantized_module import QuantMixin, pop_quant_desc_in_kwargs
@@ -117,6 +119,10 @@ class QuantLSTMCell(nn.LSTMCell, QuantMixin):
         descriptors = pop_quant_desc_in_kwargs(type(self), **kwargs)
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self.init_quantizer(*descriptors)
+
+    def quantized_weights(self) -> Iterator[QuantizedWeight]:
+        """The two weights of the cell, which share a quantizer."""
+        yield "weight_ih and weight_hh", [self.weight_ih, self.weight_hh], self._weight_quantizer
 
     def reset_parameters(self) -> None:
         """As `torch.nn` does, but leaves the learned ranges of the quantizers alone."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..calib.quantized_weights import QuantizedWeight
 from ..descriptor import (
     QUANT_DESC_8BIT_CONV2D_WEIGHT_PER_CHANNEL,
     QUANT_DESC_8BIT_PER_TENSOR,
@@ -91,6 +93,12 @@ class _WeightQuantized:
     def weight_quantizer(self) -> TensorQuantizer:
         """The quantizer of the weight; in a module with `num_layers` quantizers, the list of them."""
         return _one_or_list(self, "_weight_quantizer")
+
+    def quantized_weights(self) -> Iterator[QuantizedWeight]:
+        """Name, weights and quantizer of every quantized weight; several weights are quantized joined along axis 1."""
+        weight, quantizer = getattr(self, "weight", None), self.weight_quantizer
+        if isinstance(weight, Tensor) and isinstance(quantizer, TensorQuantizer):
+            yield "weight", [weight], quantizer
 
 
 class QuantInputMixin(_InputQuantized):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from ..calib.quantized_weights import QuantizedWeight
 from ..descriptor import QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW, QuantDescriptor
 from ..kernels.checks import is_tracing
 from ..quantizer import TensorQuantizer
@@ -45,6 +46,11 @@ class QuantRecurrent(QuantMixin, nn.RNNBase):
     def reset_parameters(self) -> None:
         """As `torch.nn` does, but leaves the learned ranges of the quantizers alone."""
         reset_own_parameters(self, self.hidden_size)
+
+    def quantized_weights(self) -> Iterator[QuantizedWeight]:
+        """The two weights of every layer and direction, with their quantizer."""
+        for index, (weights, quantizer) in enumerate(zip(self.all_weights, self._weight_quantizers, strict=True)):
+            yield f"weights of cell {index}", list(weights[:2]), quantizer  # pyright: ignore[reportReturnType]
 
     def _num_cells(self) -> int:
         return self.num_layers * (2 if self.bidirectional else 1)
