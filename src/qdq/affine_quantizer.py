@@ -28,6 +28,7 @@ class AffineQuantizer(nn.Module):
         symmetric: zero point 0 and a range [-amax, amax].
         method: "max", "percentile", "mse" or "entropy".
         percentile: share of values inside the range, in percent, for "percentile".
+        origin: path of the `TensorQuantizer` that it stands for, in a graph captured from quantized modules.
     """
 
     step_size: Tensor
@@ -41,8 +42,10 @@ class AffineQuantizer(nn.Module):
         symmetric: bool = False,
         method: str = "max",
         percentile: float = 99.99,
+        origin: str = "",
     ) -> None:
         super().__init__()
+        self.origin = origin
         self.name, self.lo, self.hi, self.symmetric = name, lo, hi, symmetric
         self.method, self.percentile = method, percentile
         self.enabled = True
@@ -56,6 +59,12 @@ class AffineQuantizer(nn.Module):
     def code_dtype(self) -> torch.dtype:
         """The integer dtype that holds the codes."""
         return torch.uint8 if self.lo >= 0 else torch.int8
+
+    @property
+    def limits(self) -> tuple[int, int] | None:
+        """Least and largest code, None where they are those of the dtype."""
+        info = torch.iinfo(self.code_dtype)
+        return None if (self.lo, self.hi) == (info.min, info.max) else (self.lo, self.hi)
 
     def forward(self, x: Tensor, on_grid: bool = False) -> Tensor:
         """Quantizes and dequantizes x, float32 of any shape, or collects it during calibration.
@@ -82,7 +91,9 @@ class AffineQuantizer(nn.Module):
                 "part of the model, or keep it in float (Recipe.exclude)"
             )
         if torch.onnx.is_in_onnx_export():
-            return quantize_dequantize(x, self.step_size, self.zero_point.to(self.code_dtype), name=self.name)
+            zero_point = self.zero_point.to(self.code_dtype)
+            limits = None if on_grid else self.limits
+            return quantize_dequantize(x, self.step_size, zero_point, name=self.name, limits=limits)
         if on_grid:
             return x
         return fake_quantize_affine(x, self.step_size, self.zero_point, self.lo, self.hi)

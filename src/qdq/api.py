@@ -17,14 +17,16 @@ from torch.utils import _pytree as pytree
 
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
-from .batches import Batches, signature_of
+from .batches import Batches, Inputs, signature_of
 from .calibration import calibrate
 from .errors import CaptureError, DataError, QdqError, RecipeError
+from .export.integer_layers import quantize_outputs, store_constants
 from .export.lowering import lower
-from .export.onnx import check_writable, write_onnx
+from .export.module_graph import check_stages, convert_quantizers, has_quantizers, is_quantized, keep_quantizers
+from .export.onnx import check_writable, target_of_file, write_onnx
 from .graph.capture import capture
 from .graph.contract import InputContract
-from .graph.example import runs_on
+from .graph.example import eval_copy, runs_on
 from .graph.explanation import Explanation
 from .graph.fold import fold
 from .graph.insert import insert
@@ -73,13 +75,14 @@ def quantize(
     Raises:
         CaptureError: `torch.export` cannot capture the model, or a parameter of it holds NaN.
         DataError: no data, data of the wrong shape or with NaN, or data that the model fails on.
-        RecipeError: unknown target, or a pattern of the recipe that matches nothing.
+        RecipeError: unknown target, a pattern of the recipe that matches nothing, or bits that no target has.
         CalibrationError: a quantizer saw no data.
     """
     target = find_target(target)
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
+    recipe.check_deployable()
     _check_model(model)
     if KEY in getattr(model, "meta", {}):
         raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")
@@ -111,21 +114,36 @@ def quantize(
 
 
 def export_onnx(
-    model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None, dynamic_shapes: Any = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    target: str | Target | None = None,
+    dynamic_shapes: Any = None,
 ) -> Path:
     """Writes a quantized model as a Q/DQ ONNX file, or a float model as a float ONNX file.
 
     Weights are stored as integers with DequantizeLinear. The file is checked and put in place at once.
 
+    Of a model with `TensorQuantizer`s (`qdq.nn`) the file computes what the model does in eval mode, whose values and
+    mode are not changed: each quantizer that is on becomes QuantizeLinear and DequantizeLinear. For "onnxruntime"
+    signed activations are stored as uint8 with zero point 128, or 0 behind a ReLU, and codes are clipped where the
+    quantizer has fewer than 8 bits or a narrow range; batch norms are folded into the step sizes of the weights before
+    them; biases of integer layers are rounded to int32 of step input step x weight step.
+
     Args:
-        model: what `quantize` returned; or any float module, with `example_inputs`.
+        model: what `quantize` returned; or any other module, with `example_inputs`.
         path: of the file; its folder must exist.
-        example_inputs: of a float module: one batch (tensor, tuple or dict), with dimension 0 dynamic.
-        dynamic_shapes: of a float module, as for `quantize`.
+        example_inputs: of a module: one batch (tensor, tuple or dict), with dimension 0 dynamic.
+        target: of a module with quantizers, as for `quantize`; None is "onnxruntime". What `quantize` returned has a
+            target already.
+        dynamic_shapes: of a module, as for `quantize`.
 
     Raises:
-        ExportError: the path cannot be written, or PyTorch's exporter does not know an operation.
-        CalibrationError: a quantizer has no range; all such are named.
+        ExportError: the path cannot be written, PyTorch's exporter does not know an operation, or the target has no
+            codes for a quantizer.
+        CalibrationError: a quantizer has no range, or still collects data; all such are named.
+        CaptureError: `torch.export` cannot capture the module.
         RuntimeMissingError: the extra `onnx` is not installed.
     """
     path = Path(path)
@@ -134,19 +152,22 @@ def export_onnx(
     metadata = {"producer": "qdq"}
     if KEY not in getattr(model, "meta", {}):
         if example_inputs is None:
+            kind = "Q/DQ" if has_quantizers(model) else "float"
             raise QdqError(
-                f"model is a {type(model).__name__} that qdq.quantize did not make: to write it as float ONNX, pass "
+                f"model is a {type(model).__name__} that qdq.quantize did not make: to write it as {kind} ONNX, pass "
                 "example_inputs"
             )
-        model = _float_graph(model, example_inputs, dynamic_shapes)
-        opset = ONNXRUNTIME.opset
-    else:
-        target = record_of(model).target
-        opset = (target or ONNXRUNTIME).opset
-        if target is not None:
-            metadata["qdq.target"] = target.name
-    assert isinstance(model, fx.GraphModule)
+        signature = signature_of(model.forward)
+        example = Batches([example_inputs], signature, runs=runs_on(model)).first()
+        model = _captured(model, example, dynamic_shapes, find_target(ONNXRUNTIME if target is None else target))
+    elif target is not None and find_target(target) is not record_of(model).target:
+        asked, made = find_target(target).name, getattr(record_of(model).target, "name", None)
+        raise QdqError(f"model was quantized for {made!r}, not for {asked!r}: quantize it for that target")
     record = record_of(model)
+    opset = (record.target or ONNXRUNTIME).opset
+    if record.target is not None:
+        metadata["qdq.target"] = record.target.name
+    assert isinstance(model, fx.GraphModule)
     with pytorch_internals():
         lowered = lower(model)
     return write_onnx(lowered, path, record.contract.names, list(record.output_names), opset, metadata)
@@ -161,11 +182,12 @@ def verify(
     per_tensor: bool = False,
     inputs_of: Callable[[Any], Any] | None = None,
     progress: bool = True,
+    dynamic_shapes: Any = None,
 ) -> Fidelity:
     """Runs an exported file in the target's runtime and compares it with its simulation.
 
     Args:
-        qmodel: what `quantize` returned.
+        qmodel: what `quantize` returned; or a model with `TensorQuantizer`s, which is its own simulation, in eval mode.
         path: what `export_onnx` wrote from it.
         batches: as for `quantize`.
         agreement: takes the first output of simulation and file (tensors of one batch) and gives a share from 0 to
@@ -173,6 +195,7 @@ def verify(
             compares the argmax over the last axis.
         per_tensor: whether printing the result lists every quantized tensor.
         inputs_of, progress: as for `quantize`.
+        dynamic_shapes: of a model with `TensorQuantizer`s, as for `export_onnx`.
 
     Returns:
         The fidelity. A TensorRT file is run in ONNX Runtime, which executes the same Q/DQ definition.
@@ -181,12 +204,22 @@ def verify(
         DataError: no data, or data or a file of another model.
         ExportError: the file is missing or the runtime refuses it.
     """
+    simulation: nn.Module | None = None
+    if isinstance(qmodel, nn.Module) and KEY not in getattr(qmodel, "meta", {}) and has_quantizers(qmodel):
+        signature, runs = signature_of(qmodel.forward), runs_on(qmodel)
+        data = batches if is_data_function(batches) else Batches(batches, signature, inputs_of, runs)
+        example = data.first() if isinstance(data, Batches) else first_call(qmodel, data, signature)
+        simulation = eval_copy(qmodel)
+        qmodel = _captured(qmodel, example, dynamic_shapes, target_of_file(path))
+        batches = data
     record = record_of(qmodel)
     assert isinstance(qmodel, fx.GraphModule)
     if is_data_function(batches):
-        return compare(qmodel, str(path), batches, agreement, per_tensor)
-    data = Batches(batches, record.contract.signature, inputs_of, record.contract.fits)
-    return compare(qmodel, str(path), track(data, "verifying", data.total, progress), agreement, per_tensor)
+        return compare(qmodel, str(path), batches, agreement, per_tensor, simulation)
+    if not isinstance(batches, Batches):
+        batches = Batches(batches, record.contract.signature, inputs_of, record.contract.fits)
+    feed = track(batches, "verifying", batches.total, progress)
+    return compare(qmodel, str(path), feed, agreement, per_tensor, simulation)
 
 
 def explain(qmodel: nn.Module) -> Explanation:
@@ -241,13 +274,23 @@ def _tell_if_all_float(explanation: Explanation) -> None:
     logger.warning("no operation of this model was quantized: %s; see qdq.explain", reason)
 
 
-def _float_graph(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
-    signature = signature_of(model.forward)
-    example = Batches([example_inputs], signature, runs=runs_on(model)).first()
-    graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
-    graph_module.meta[KEY] = Record(
-        InputContract(graph_module.graph, signature, example), tuple(_output_names(graph_module))
-    )
+def _captured(model: nn.Module, example: Inputs, dynamic_shapes: Any, target: Target) -> fx.GraphModule:
+    """A module as a graph ready to be lowered, with the codes of `target` where something is quantized."""
+    check_stages(model)
+    graph_module = fold(keep_quantizers(capture(model, *example, dynamic_shapes=dynamic_shapes)))
+    contract = InputContract(graph_module.graph, signature_of(model.forward), example)
+    names = tuple(_output_names(graph_module))
+    if not is_quantized(graph_module):
+        graph_module.meta[KEY] = Record(contract, names)
+        return graph_module
+    reduced = reduces_range(target, None)
+    coded = convert_quantizers(graph_module, target)
+    quantize_outputs(graph_module, coded, target)
+    store_constants(graph_module, coded, target, reduced)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    outputs = tuple(_output_quantizers(graph_module))
+    graph_module.meta[KEY] = Record(contract, names, target, reduced_range=reduced, outputs=outputs)
     return graph_module
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
+from . import onnx_torchscript
 from .formats import E4M3, IntFormat
-from .kernels import checks, reference
+from .kernels import checks, operations, reference
+from .onnx_form import exports_to_onnx, fake_quantize_as_onnx, reading_sizes
 
 _SIGNIFICAND_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
@@ -33,6 +35,8 @@ def _as_parameter(value: Tensor | float, inputs: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     _require_tensors(inputs=inputs)
+    if checks.is_tracing():  # `as_tensor` would warn; a tensor apart from the trace is a constant of it
+        return torch.full((), value, dtype=reference.compute_dtype(inputs.dtype), device=inputs.device).data
     return torch.as_tensor(value, dtype=reference.compute_dtype(inputs.dtype), device=inputs.device)
 
 
@@ -48,6 +52,16 @@ def _at_the_door(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, na
     if unsigned:
         checks.check_unsigned(inputs)
     return fmt
+
+
+def _e4m3_at_the_door(inputs: Tensor, amax: Tensor | None, E: int, M: int) -> None:
+    _require_tensors(inputs=inputs)
+    bits = (E, M)
+    if bits != (E4M3.exponent_bits, E4M3.mantissa_bits):
+        raise NotImplementedError(f"only E=4 and M=3 are supported, got E={E} and M={M}")
+    if amax is not None:
+        _require_tensors(amax=amax)
+        checks.check_amax(amax)
 
 
 def _pass_where(mask: Tensor, grad: Tensor) -> Tensor:
@@ -92,6 +106,13 @@ class TensorQuantFunction(_SymmetricFunction):
         ctx.save_for_backward(inputs[0], inputs[1])
         ctx.mark_non_differentiable(output[1])
 
+    @staticmethod
+    def symbolic(
+        g: Any, inputs: Any, amax: Any, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    ) -> Any:
+        """QuantizeLinear, and the scale, in the graph ``g`` of ``torch.onnx.export(..., dynamo=False)``."""
+        return onnx_torchscript.quantize(g, inputs, amax, num_bits, unsigned, narrow_range)
+
 
 class FakeTensorQuantFunction(_SymmetricFunction):
     """The ``autograd.Function`` behind :func:`fake_tensor_quant`, which documents it."""
@@ -102,6 +123,13 @@ class FakeTensorQuantFunction(_SymmetricFunction):
     ) -> Tensor:
         fmt = _at_the_door(inputs, amax, num_bits, unsigned, narrow_range)
         return reference.symmetric_fake_quantize(inputs, amax, fmt)
+
+    @staticmethod
+    def symbolic(
+        g: Any, inputs: Any, amax: Any, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    ) -> Any:
+        """Q/DQ nodes in the graph ``g`` of ``torch.onnx.export(..., dynamo=False)``."""
+        return onnx_torchscript.fake_quantize(g, inputs, amax, num_bits, unsigned, narrow_range)
 
 
 class LegacyFakeTensorQuantFunction(FakeTensorQuantFunction):
@@ -137,13 +165,7 @@ class ScaledE4M3Function(Function):
 
     @staticmethod
     def forward(inputs: Tensor, amax: Tensor | None = None, E: int = 4, M: int = 3) -> Tensor:
-        _require_tensors(inputs=inputs)
-        bits = (E, M)
-        if bits != (E4M3.exponent_bits, E4M3.mantissa_bits):
-            raise NotImplementedError(f"only E=4 and M=3 are supported, got E={E} and M={M}")
-        if amax is not None:
-            _require_tensors(amax=amax)
-            checks.check_amax(amax)
+        _e4m3_at_the_door(inputs, amax, E, M)
         return reference.scaled_float_fake_quantize(inputs, amax, E4M3)
 
     @staticmethod
@@ -154,6 +176,11 @@ class ScaledE4M3Function(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         return _pass_where(reference.symmetric_mask(*ctx.saved_tensors), grad_outputs[0]), None, None, None
+
+    @staticmethod
+    def symbolic(g: Any, inputs: Any, amax: Any = None, E: int = 4, M: int = 3) -> Any:
+        """TensorRT's nodes in the graph ``g`` of ``torch.onnx.export(..., dynamo=False)``."""
+        return onnx_torchscript.fake_quantize(g, inputs, amax, (E, M), False, False)
 
 
 class FakeQuantizeAffineFunction(Function):
@@ -180,6 +207,9 @@ class FakeQuantizeAffineFunction(Function):
 def _call(function: Any, inputs: Tensor, *arguments: Any) -> Any:
     """``function.apply``; where no gradient can be asked for, its forward alone, which starts several times faster."""
     _require_tensors(inputs=inputs)
+    if checks.is_tracing() and exports_to_onnx():
+        with reading_sizes():
+            return function.apply(inputs, *arguments)  # the exporter looks for its `symbolic`
     tensors = [inputs, *(a for a in arguments if isinstance(a, Tensor))]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return function.apply(inputs, *arguments)
@@ -187,6 +217,23 @@ def _call(function: Any, inputs: Tensor, *arguments: Any) -> Any:
     if not torch.compiler.is_compiling() and unpack_dual(inputs).tangent is not None:
         return function.apply(inputs, *arguments)
     return function.forward(inputs, *arguments)
+
+
+def _exported_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    """One node of an exported program, or Q/DQ nodes of an ONNX file."""
+    _at_the_door(inputs, amax, num_bits, unsigned, narrow_range)
+    if exports_to_onnx():
+        return fake_quantize_as_onnx(inputs, amax, num_bits, unsigned, narrow_range)
+    return operations.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
+
+
+def _exported_e4m3(inputs: Tensor, amax: Tensor | None, E: int, M: int) -> Tensor:
+    """One node of an exported program, or TensorRT's nodes of an ONNX file."""
+    _e4m3_at_the_door(inputs, amax, E, M)
+    if exports_to_onnx():
+        largest = torch.tensor(E4M3.max_value) if amax is None else amax
+        return fake_quantize_as_onnx(inputs, largest, (E, M), False, False)
+    return operations.scaled_e4m3(inputs, amax)
 
 
 def tensor_quant(
@@ -225,14 +272,17 @@ def fake_tensor_quant(
     The scale stays in the compute dtype, so that a small amax does not overflow float16. Arguments and errors are
     those of :func:`tensor_quant`, without its two about what the dtype of ``inputs`` can hold.
     """
-    return _call(FakeTensorQuantFunction, inputs, _as_parameter(amax, inputs), num_bits, unsigned, narrow_range)
+    amax = _as_parameter(amax, inputs)
+    if torch.compiler.is_exporting():
+        return _exported_fake_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    return _call(FakeTensorQuantFunction, inputs, amax, num_bits, unsigned, narrow_range)
 
 
 def legacy_fake_tensor_quant(
     inputs: Tensor, amax: Tensor | float, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> Tensor:
     """The old name of :func:`fake_tensor_quant`; the two are equal bit for bit."""
-    return _call(LegacyFakeTensorQuantFunction, inputs, _as_parameter(amax, inputs), num_bits, unsigned, narrow_range)
+    return fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
 
 
 def fake_affine_tensor_quant(
@@ -260,7 +310,10 @@ def scaled_e4m3(inputs: Tensor, amax: Tensor | float | None = None, E: int = 4, 
         NotImplementedError: ``E`` and ``M`` other than 4 and 3.
         ValueError: negative amax; amax that does not broadcast.
     """
-    return _call(ScaledE4M3Function, inputs, None if amax is None else _as_parameter(amax, inputs), E, M)
+    amax = None if amax is None else _as_parameter(amax, inputs)
+    if torch.compiler.is_exporting():
+        return _exported_e4m3(inputs, amax, E, M)
+    return _call(ScaledE4M3Function, inputs, amax, E, M)
 
 
 def fake_quantize_affine(

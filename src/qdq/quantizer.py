@@ -16,7 +16,8 @@ from .clip import Clip
 from .descriptor import QuantDescriptor
 from .functional import fake_tensor_quant, scaled_e4m3, tensor_quant
 from .kernels.checks import is_tracing, unreadable
-from .onnx_form import fake_quantize_as_onnx, require
+from .loaded_amax import check_loaded_amax
+from .onnx_form import channel_axis, exports_to_onnx, reading_sizes, require
 from .quantizer_settings import QuantizerSettings
 
 _log = logging.getLogger(__name__)
@@ -209,12 +210,14 @@ class TensorQuantizer(QuantizerSettings):
         return outputs
 
     def _quantize(self, inputs: Tensor) -> Tensor:
+        exporting = self._fake_quant and exports_to_onnx()
+        if exporting:
+            self._check_onnx_form(inputs)
         if self._learn_amax:
             inputs = self.clip(inputs)
         amax = self._get_amax(inputs)
-        # The exporter of TorchScript traces; it cannot take these nodes.
-        if self._fake_quant and torch.onnx.is_in_onnx_export() and not is_tracing():
-            return self._as_onnx(inputs, amax)
+        if exporting and is_tracing():
+            amax = amax.data  # apart from the trace of the older exporter, a tensor is a constant of it
         if isinstance(self._num_bits, tuple):
             return scaled_e4m3(inputs, amax, *self._num_bits)
         if self._fake_quant:
@@ -225,10 +228,14 @@ class TensorQuantizer(QuantizerSettings):
             self._scale = scale
         return outputs
 
-    def _as_onnx(self, inputs: Tensor, amax: Tensor) -> Tensor:
+    def _check_onnx_form(self, inputs: Tensor) -> None:
+        """Asked outside of ``enable_onnx_export()``, too: no file is written that computes something else."""
         require(not self._learn_amax, "a quantizer with learn_amax cannot be exported to ONNX: its range is learned")
-        require(self.amax is not None, _NOT_CALIBRATED)
-        return fake_quantize_as_onnx(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+        amax = self.amax
+        require(amax is not None, _NOT_CALIBRATED)
+        if amax is not None:
+            with reading_sizes():
+                channel_axis(inputs.dim(), amax.shape, self._num_bits, self._unsigned, self._narrow_range)
 
     def _get_amax(self, inputs: Tensor) -> Tensor:
         """The amax to quantize ``inputs`` with: learned, set or dynamic, times ``scale_amax``; no gradient."""
@@ -258,7 +265,9 @@ class TensorQuantizer(QuantizerSettings):
         amax = self.amax
         require(amax is not None, _NOT_CALIBRATED)
         if amax is not None and isinstance(self._num_bits, tuple):
-            require(amax.numel() == 1, "E4M3 can only be exported to ONNX with one amax per tensor")
+            with reading_sizes():
+                single = int(amax.numel()) == 1
+            require(single, "E4M3 can only be exported to ONNX with one amax per tensor")
 
     def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
         super()._apply(fn, recurse)
@@ -272,10 +281,14 @@ class TensorQuantizer(QuantizerSettings):
             if value is None:
                 continue
             if buffer == "_amax":
-                _check_loaded_amax(value, prefix.rstrip(".") or type(self).__name__)
+                check_loaded_amax(self, value, prefix)
             if getattr(self, buffer, None) is None:
                 self.register_buffer(buffer, torch.empty_like(value, device=self._device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        # One line, also with the submodule that a learned range is.
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         """Bits, granularity, amax, calibrator and stages, in one line."""
@@ -306,16 +319,3 @@ class TensorQuantizer(QuantizerSettings):
 
 def _short(value: Tensor) -> str:
     return "meta" if value.device.type == "meta" else f"{value.item():.4g}"
-
-
-def _check_loaded_amax(value: Tensor, name: str) -> None:
-    if value.device.type == "meta":
-        return
-    if bool(torch.isinf(value).any()) or bool((value < 0).any()):
-        raise ValueError(f"the state dict holds a negative or infinite amax for the quantizer {name!r}")
-    if bool(torch.isnan(value).any()):
-        warnings.warn(
-            f"the state dict holds NaN as amax of the quantizer {name!r}: it was never calibrated, and its outputs "
-            "will be NaN",
-            stacklevel=2,
-        )

@@ -102,14 +102,6 @@ def test_export_of_what_is_not_ready_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert "a quantizer without amax cannot be exported to ONNX: calibrate it first" in causes(caught.value)
 
 
-def test_dynamic_and_learned_amax_have_no_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    with pytest.raises(AssertionError, match="a quantizer without amax cannot be exported"):
-        TensorQuantizer()(torch.rand(3))
-    with pytest.raises(AssertionError, match="with learn_amax cannot be exported to ONNX"):
-        TensorQuantizer(QuantDescriptor(learn_amax=True))(torch.rand(3))
-
-
 def causes(error: BaseException | None) -> str:
     texts = []
     while error is not None:

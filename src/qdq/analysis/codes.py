@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..affine_quantizer import AffineQuantizer
 from ..batches import Inputs
 from ..graph.record import record_of
+from ..graph.targets import TARGETS
 from ..kernels.reference import affine_quantize
 from ..onnx_nodes import QUANTIZER_KEY
 from .runtime import OnnxRuntimeRunner, existing_file
@@ -44,15 +46,29 @@ class TensorFidelity:
 
 
 def compare_codes(
-    graph_module: fx.GraphModule, path: str | os.PathLike[str], inputs: Inputs
+    graph_module: fx.GraphModule, path: str | os.PathLike[str], inputs: Inputs, model: nn.Module | None = None
 ) -> tuple[TensorFidelity, ...]:
-    """Compares the codes of every quantizer call; empty where the file is too large to be opened for it."""
+    """Compares the codes of every quantizer call; empty where the file is too large to be opened for it.
+
+    Args:
+        graph_module: what was exported.
+        path: of the file.
+        inputs: one batch.
+        model: whose `TensorQuantizer`s the graph's quantizers came from: then its codes are compared, not the graph's.
+    """
     path = existing_file(path)
     if os.path.getsize(path) > LARGEST_FILE or os.path.exists(f"{path}.data"):
         return ()
-    deployed = _deployed_codes(path, record_of(graph_module).contract.flatten(inputs))
-    simulated = _Codes(graph_module).codes_for(inputs)
+    record = record_of(graph_module)
+    fuses = record.target is not TARGETS["tensorrt"]
+    deployed = _deployed_codes(path, record.contract.flatten(inputs), fuses)
     zero_and_step = {n: m for n, m in graph_module.named_modules() if isinstance(m, AffineQuantizer)}
+    if model is None:
+        simulated = _Codes(graph_module).codes_for(inputs)
+    else:
+        simulated = _model_codes(model, zero_and_step, inputs)
+        # Of calls that repeat values behind operations that move them, the last stands where the model's does.
+        deployed = {name: calls[-1:] for name, calls in deployed.items()}
     out = []
     for name, calls in simulated.items():
         found = deployed.get(name, [])
@@ -96,7 +112,33 @@ class _Codes(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
 
-def _deployed_codes(path: str, inputs: list[Any]) -> dict[str, list[Tensor]]:
+def _model_codes(
+    model: nn.Module, quantizers: dict[str, AffineQuantizer], inputs: Inputs
+) -> dict[str, list[Tensor | None]]:
+    """The codes of a model's `TensorQuantizer`s that run once, by the names of the quantizers they became."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.setdefault(path, []).append(output)
+
+    modules = dict(model.named_modules())
+    paths = {q.origin for q in quantizers.values() if q.origin in modules}
+    # Outputs lie on the grid of the codes, behind whatever else the quantizer does.
+    handles = [modules[path].register_forward_hook(functools.partial(keep, path)) for path in paths]
+    try:
+        with torch.no_grad():
+            model(*inputs[0], **inputs[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: [affine_quantize(seen[q.origin][0], q.step_size, q.zero_point, q.lo, q.hi)]
+        for name, q in quantizers.items()
+        if len(seen.get(q.origin, [])) == 1
+    }
+
+
+def _deployed_codes(path: str, inputs: list[Any], fuses: bool) -> dict[str, list[Tensor]]:
     import onnx
 
     model = onnx.load(path)
@@ -104,12 +146,12 @@ def _deployed_codes(path: str, inputs: list[Any]) -> dict[str, list[Tensor]]:
     types = {t.name: t.data_type for t in model.graph.initializer}
     for node in model.graph.node:
         names = [p.value for p in node.metadata_props if p.key == QUANTIZER_KEY]
-        if node.op_type == "QuantizeLinear" and names:
+        if node.op_type in ("QuantizeLinear", "Clip") and names:
             taps.append((names[0], node.output[0]))
             kind = types.get(node.input[2], onnx.TensorProto.UINT8)
             model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
     own = len(model.graph.output) - len(taps)
-    runner = OnnxRuntimeRunner(model.SerializeToString())
+    runner = OnnxRuntimeRunner(model.SerializeToString(), fuses=fuses)
     arrays = [np.asarray(t.detach().cpu()) for t in inputs if isinstance(t, Tensor)]
     results = runner(arrays)[own:]
     out: dict[str, list[Tensor]] = {}

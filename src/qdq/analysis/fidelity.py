@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..affine_quantizer import AffineQuantizer
@@ -71,11 +71,12 @@ def compare(
     feed: Callable[[Callable[..., Any]], None] | Iterable[Inputs],
     agreement: Agreement | None,
     per_tensor: bool,
+    simulation: nn.Module | None = None,
 ) -> Fidelity:
-    """Runs simulation and file over the data; see `qdq.verify`."""
+    """Runs simulation and file over the data; see `qdq.verify`. The simulation is the graph, or another model."""
     record = record_of(graph_module)
     runner = _runner(record, path)
-    comparison = _Comparison(graph_module, record, runner, agreement)
+    comparison = _Comparison(graph_module, record, runner, agreement, simulation)
     with torch.no_grad():
         if callable(feed):
             feed(comparison)
@@ -84,23 +85,30 @@ def compare(
                 comparison(*args, **kwargs)
     if comparison.first is None:
         raise DataError("the data function ran the model not once: it must call the model that it is given")
-    tensors = compare_codes(graph_module, path, comparison.first)
+    tensors = compare_codes(graph_module, path, comparison.first, simulation)
     return comparison.result(tensors, per_tensor)
 
 
 def _runner(record: Record, path: str) -> Runner:
     if record.target is TARGETS["openvino"]:
         return OpenVinoRunner(path)
-    return OnnxRuntimeRunner(path)
+    # ONNX Runtime stands in for TensorRT. Its own fusions are no part of that, and are wrong for E4M3 behind a ReLU.
+    return OnnxRuntimeRunner(path, fuses=record.target is not TARGETS["tensorrt"])
 
 
 class _Comparison(StandIn):
     """Called as the model is; compares the two on each call."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, record: Record, runner: Runner, agreement: Agreement | None
+        self,
+        graph_module: fx.GraphModule,
+        record: Record,
+        runner: Runner,
+        agreement: Agreement | None,
+        simulation: nn.Module | None,
     ) -> None:
         super().__init__(graph_module, record.contract.signature)
+        self.simulation = graph_module if simulation is None else simulation
         self.graph_module, self.record, self.runner, self.agreement = graph_module, record, runner, agreement
         self.first: Inputs | None = None
         self.samples = 0
@@ -114,7 +122,7 @@ class _Comparison(StandIn):
         args, kwargs = self.record.contract.check(*self.bind(args, kwargs))
         if self.first is None:
             self.first = (args, kwargs)
-        simulated = self.graph_module(*args, **kwargs)
+        simulated = self.simulation(*args, **kwargs)
         expected = [t.detach() for t in pytree.tree_leaves(simulated) if isinstance(t, Tensor)]
         arrays = [
             np.asarray(t.detach().cpu()) for t in self.record.contract.flatten((args, kwargs)) if isinstance(t, Tensor)
@@ -174,6 +182,11 @@ class _Comparison(StandIn):
             return ""
         return f"; {self.nonfinite} NaN or infinite values, in both alike, are left out"
 
+    def _changed_weights(self) -> str:
+        if self.simulation is self.graph_module or not self.record.reduced_range:
+            return ""
+        return "; weights whose products would saturate on this processor were changed (export_onnx logged which)"
+
     def result(self, tensors: tuple[TensorFidelity, ...], per_tensor: bool) -> Fidelity:
         sqnr = math.inf if self.noise == 0 else -math.inf
         if self.noise > 0 and self.signal > 0:
@@ -185,7 +198,7 @@ class _Comparison(StandIn):
             runtime=self.runner.name,
             samples=self.samples,
             tensors=tensors,
-            cause=_cause(sqnr, tensors, self.record, self.graph_module) + self._left_out(),
+            cause=_cause(sqnr, tensors, self.record, self.graph_module) + self._left_out() + self._changed_weights(),
             shows_tensors=per_tensor,
         )
 

@@ -40,6 +40,7 @@ class OnnxRuntimeRunner:
         model: path of the file, or its bytes.
         threads: of one operation; None leaves it to the runtime.
         optimized: path that the optimised graph is written to (for its operations to be counted).
+        fuses: whether operations are fused; without, each node computes what ONNX defines.
 
     Raises:
         ExportError: the file is missing or ONNX Runtime refuses it.
@@ -49,7 +50,11 @@ class OnnxRuntimeRunner:
     name = "onnxruntime"
 
     def __init__(
-        self, model: str | os.PathLike[str] | bytes, threads: int | None = None, optimized: str | None = None
+        self,
+        model: str | os.PathLike[str] | bytes,
+        threads: int | None = None,
+        optimized: str | None = None,
+        fuses: bool = True,
     ) -> None:
         try:
             import onnxruntime
@@ -59,6 +64,8 @@ class OnnxRuntimeRunner:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not fuses:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if optimized is not None:
             options.optimized_model_filepath = optimized
         if not isinstance(model, bytes):

@@ -96,7 +96,14 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, BiasQuantizer):
             _lower_bias(lowered, node, module)
         elif isinstance(module, WeightQuantizer):
-            _lower_weight(lowered, node, module, weights)
+            parameter = node.args[0]
+            assert isinstance(parameter, fx.Node)
+            constant = ConstantDequantizer(
+                module.name, module.codes(attribute(lowered, str(parameter.target))), module.step_size, module.axis
+            )
+            _lower_constant(lowered, node, constant, weights)
+        elif isinstance(module, ConstantDequantizer):
+            _lower_constant(lowered, node, module, weights)
     for node in list(lowered.graph.nodes):
         if node.op == "call_function" and kind_of(node) is Kind.GLOBAL_AVERAGE:
             _replace_by_module(lowered, node, GlobalAveragePool(), (node.args[0],))
@@ -116,22 +123,20 @@ def _lower_bias(lowered: fx.GraphModule, node: fx.Node, module: BiasQuantizer) -
     _replace_by_module(lowered, node, constant, ())
 
 
-def _lower_weight(
-    lowered: fx.GraphModule, node: fx.Node, module: WeightQuantizer, known: dict[tuple[str, bool], str]
+def _lower_constant(
+    lowered: fx.GraphModule, node: fx.Node, constant: ConstantDequantizer, known: dict[tuple[str, bool], str]
 ) -> None:
-    parameter = node.args[0]
-    assert isinstance(parameter, fx.Node)
-    codes = module.codes(attribute(lowered, str(parameter.target)))
-    step = module.step_size.detach()
+    name, codes, step, axis = constant.name, constant.codes, constant.step_size, constant.axis
     for reader in list(node.users):
         kind = kind_of(reader)
-        if kind is Kind.EMBEDDING and reader.args[0] is node:
+        rows = axis in (None, 0) and not codes.dtype.is_floating_point
+        if kind is Kind.EMBEDDING and reader.args[0] is node and rows:
             _replace_by_module(lowered, reader, QuantizedEmbedding(codes, step), (reader.args[1],))
             continue
-        if kind is Kind.LINEAR and rank_of(reader) != 2:
-            _linear_as_matmul(lowered, reader, module.name, codes, step, module.axis, known)
+        if kind is Kind.LINEAR and reader.args[1] is node and rank_of(reader) != 2:
+            _linear_as_matmul(lowered, reader, name, codes, step, axis, known)
             continue
-        _constant_argument(lowered, reader, node, module.name, codes, step, module.axis, known, False)
+        _constant_argument(lowered, reader, node, name, codes, step, axis, known, False)
 
 
 def _linear_as_matmul(
@@ -172,7 +177,7 @@ def _constant_argument(
 ) -> None:
     if (name, transposed) not in known:
         constant = ConstantDequantizer(name, codes, step, axis)
-        known[name, transposed] = _add_module(lowered, constant)
+        known[name, transposed] = add_module(lowered, constant)
     with lowered.graph.inserting_before(reader):
         call = lowered.graph.call_module(known[name, transposed], ())
     call.meta = {**old.meta, "qdq_constant": True}
@@ -180,7 +185,7 @@ def _constant_argument(
 
 
 def _replace_by_module(lowered: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[object, ...]) -> None:
-    path = _add_module(lowered, module)
+    path = add_module(lowered, module)
     with lowered.graph.inserting_before(node):
         call = lowered.graph.call_module(path, args)  # type: ignore[arg-type]
     call.meta = dict(node.meta)
@@ -188,7 +193,8 @@ def _replace_by_module(lowered: fx.GraphModule, node: fx.Node, module: nn.Module
     lowered.graph.erase_node(node)
 
 
-def _add_module(lowered: fx.GraphModule, module: nn.Module) -> str:
+def add_module(lowered: fx.GraphModule, module: nn.Module) -> str:
+    """Registers a module under a free name made from its own, which is returned."""
     base = getattr(module, "name", type(module).__name__.lower()).removesuffix("_quantizer").replace(".", "_")
     free, count = base, 1
     while hasattr(lowered, free):

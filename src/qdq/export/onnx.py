@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, need
+from ..graph.targets import ONNXRUNTIME, TARGETS, Target
 from ..quiet import pytorch_internals
 
 logger = logging.getLogger("qdq.export")
@@ -68,6 +69,26 @@ def write_onnx(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return path
+
+
+def target_of_file(path: str | os.PathLike[str]) -> Target:
+    """The target that a file was written for; the default where it does not say.
+
+    Raises:
+        ExportError: there is no such file, or it is not ONNX.
+    """
+    if not Path(path).is_file():
+        raise ExportError(f"there is no file {str(path)!r}")
+    try:
+        import onnx
+    except ImportError as error:
+        raise need("onnx", "onnx", "reading an ONNX file") from error
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise ExportError(f"{str(path)!r} is not an ONNX file: {error}") from error
+    names = [p.value for p in model.metadata_props if p.key == "qdq.target"]
+    return TARGETS.get(names[0], ONNXRUNTIME) if names else ONNXRUNTIME
 
 
 def check_writable(path: Path) -> None:

@@ -100,7 +100,7 @@ def _fold_constant_weights(graph_module: fx.GraphModule) -> None:
             if operand not in known:
                 source = next(n for n in _ancestors(operand) if n.op == "get_attr")
                 base = re.sub(r"(^|\.)parametrizations\.(.*)\.original\d*$", r"\1\2", str(source.target))
-                known[operand] = add_parameter(graph_module, f"{base}_folded", _evaluate(graph_module, operand))
+                known[operand] = add_parameter(graph_module, f"{base}_folded", evaluate(graph_module, operand))
             with graph_module.graph.inserting_before(node):
                 attribute = get_attribute(graph_module, known[operand], operand)
             node.update_arg(position, attribute)
@@ -114,10 +114,11 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
     return [*out, node]
 
 
-def _evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+def evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node that depends on parameters, buffers and literals alone."""
     if node.op == "get_attr":
         return attribute(graph_module, str(node.target))
-    arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(graph_module, n))
+    arguments = fx.map_arg((node.args, node.kwargs), lambda n: evaluate(graph_module, n))
     with torch.no_grad():
         return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
@@ -172,7 +173,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 
 def _constant(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
-    return None if node is None else _evaluate(graph_module, node)
+    return None if node is None else evaluate(graph_module, node)
 
 
 def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> fx.Node:
