@@ -9,6 +9,7 @@ step sizes and zero points get no gradient.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -207,9 +208,11 @@ class FakeQuantizeAffineFunction(Function):
 def _call(function: Any, inputs: Tensor, *arguments: Any) -> Any:
     """``function.apply``; where no gradient can be asked for, its forward alone, which starts several times faster."""
     _require_tensors(inputs=inputs)
-    if checks.is_tracing() and exports_to_onnx():
-        with reading_sizes():
-            return function.apply(inputs, *arguments)  # the exporter looks for its `symbolic`
+    if checks.is_tracing():
+        # The exporter of TorchScript looks for `symbolic`, and `torch.jit.trace` compares traces with and without
+        # gradients: both see one node.
+        with reading_sizes() if exports_to_onnx() else contextlib.nullcontext():
+            return function.apply(inputs, *arguments)
     tensors = [inputs, *(a for a in arguments if isinstance(a, Tensor))]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return function.apply(inputs, *arguments)

@@ -18,6 +18,8 @@ from .calib.max import MaxCalibrator
 from .errors import CalibrationError, QdqError
 from .quantizer import TensorQuantizer
 
+# The searches of amax begin at bin 128.
+_FEWEST_BINS = 128
 METHODS = ("max", "entropy", "mse", "percentile")
 
 
@@ -73,18 +75,19 @@ def calibrating(
 
     Raises:
         QdqError: not a module.
-        ValueError: unknown method; `percentile` outside the range 0 to 100; `num_bins` below 1.
-        CalibrationError: the model has no quantizers, or is calibrated in an outer block; "entropy" with E4M3; NaN
-            or infinite data; quantizers that saw no data, where `strict`. Quantizers are named.
+        ValueError: unknown method; `percentile` not above 50 and up to 100; `num_bins` below 128.
+        CalibrationError: the model has no quantizers, is on the meta device, or is calibrated in an outer block;
+            "entropy" with E4M3; NaN or infinite data, or negative ones for an unsigned quantizer; quantizers that saw
+            no data, where `strict`. Quantizers are named.
     """
     if not isinstance(model, nn.Module):
         raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"unknown calibration method {method!r}: choose one of {', '.join(METHODS)}")
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile must be in the range 0 to 100, got {percentile}")
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+    if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 50 < percentile <= 100:
+        raise ValueError(f"percentile must be a number above 50 and up to 100, got {percentile!r}")
+    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < _FEWEST_BINS:
+        raise ValueError(f"num_bins must be an integer of at least {_FEWEST_BINS}, got {num_bins!r}")
     return _calibrating(model, method, percentile, strict, num_bins)
 
 
@@ -105,7 +108,8 @@ def _calibrating(
             if name in recorders:
                 quantizer._calibrator = recorders[name]
                 quantizer.enable_calib()
-        with torch.no_grad():
+        # Collecting reads values, which no compiled graph can hold.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield CalibrationProgress(recorders)
         _check_seen([name for name, recorder in recorders.items() if not recorder.seen], strict)
         found = {name: recorder for name, recorder in recorders.items() if recorder.seen}
@@ -174,12 +178,22 @@ class _Recorder(Calibrator):
     def collect(self, x: Tensor) -> None:
         if x.numel() == 0:
             return
+        if x.device.type == "meta":
+            raise CalibrationError(
+                f"quantizer {self.name}: tensors of the meta device have no values to calibrate with"
+            )
         low, high = torch.aminmax(x.detach())
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise CalibrationError(
                 f"quantizer {self.name}: the data that reach it hold NaN or infinite values; no amax was changed"
             )
+        if self._unsigned and bool(low < 0):
+            raise CalibrationError(
+                f"quantizer {self.name} is unsigned, and negative values reach it: set unsigned=False in its "
+                "descriptor; no amax was changed"
+            )
         self.seen = True
+        self._amax = None
         self._inner.collect(x)
 
     def reset(self) -> None:
@@ -191,6 +205,8 @@ class _Recorder(Calibrator):
         self._amax = self._inner.compute_amax(**self._arguments)
 
     def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        if self.seen and self._amax is None:  # asked for inside the block, as the published loops do
+            self.solve()
         return self._amax
 
 

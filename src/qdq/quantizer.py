@@ -17,7 +17,7 @@ from .descriptor import QuantDescriptor
 from .functional import fake_tensor_quant, scaled_e4m3, tensor_quant
 from .kernels.checks import is_tracing, unreadable
 from .loaded_amax import check_loaded_amax
-from .onnx_form import channel_axis, exports_to_onnx, reading_sizes, require
+from .onnx_form import channel_axis, exports_to_onnx, require, sizes_of
 from .quantizer_settings import QuantizerSettings
 
 _log = logging.getLogger(__name__)
@@ -115,11 +115,12 @@ class TensorQuantizer(QuantizerSettings):
         if value is None:
             _log.error("%s cannot be set to None: nothing is changed", name)
             return
-        if isinstance(value, Tensor):
-            warnings.warn(f"{name} should be a float, list or array; the tensor is copied", stacklevel=3)
-            tensor = value.detach().to(self._device, torch.float32).clone()
-        else:
-            tensor = torch.as_tensor(np.array(value, dtype=np.float32), device=self._device)
+        with torch.inference_mode(False):  # a tensor of inference mode could not be trained with later
+            if isinstance(value, Tensor):
+                warnings.warn(f"{name} should be a float, list or array; the tensor is copied", stacklevel=3)
+                tensor = value.detach().to(self._device, torch.float32).clone()
+            else:
+                tensor = torch.as_tensor(np.array(value, dtype=np.float32), device=self._device)
         if tensor.device.type != "meta":
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name} must be finite, got {value}: NaN or infinity in the data?")
@@ -175,7 +176,8 @@ class TensorQuantizer(QuantizerSettings):
             raise ValueError("the calibrated amax is NaN or infinite: the calibration data hold such values")
         elif bool((amax < 0).any()):
             raise ValueError(f"Negative values in amax: the calibrator computed {amax}")
-        amax = amax.detach().to(torch.float32).clone()
+        with torch.inference_mode(False):
+            amax = amax.detach().clone().to(torch.float32)
         present = self.amax
         if present is not None and present.shape == amax.shape:
             with torch.no_grad():
@@ -211,7 +213,8 @@ class TensorQuantizer(QuantizerSettings):
 
     def _quantize(self, inputs: Tensor) -> Tensor:
         exporting = self._fake_quant and exports_to_onnx()
-        if exporting:
+        # The exporter's second attempt, through the compiler, does not show that it is for ONNX; the block does.
+        if exporting or (self._enable_onnx_export and self._fake_quant and torch.compiler.is_exporting()):
             self._check_onnx_form(inputs)
         if self._learn_amax:
             inputs = self.clip(inputs)
@@ -234,8 +237,7 @@ class TensorQuantizer(QuantizerSettings):
         amax = self.amax
         require(amax is not None, _NOT_CALIBRATED)
         if amax is not None:
-            with reading_sizes():
-                channel_axis(inputs.dim(), amax.shape, self._num_bits, self._unsigned, self._narrow_range)
+            channel_axis(inputs.dim(), sizes_of(amax), self._num_bits, self._unsigned, self._narrow_range)
 
     def _get_amax(self, inputs: Tensor) -> Tensor:
         """The amax to quantize ``inputs`` with: learned, set or dynamic, times ``scale_amax``; no gradient."""
@@ -265,9 +267,7 @@ class TensorQuantizer(QuantizerSettings):
         amax = self.amax
         require(amax is not None, _NOT_CALIBRATED)
         if amax is not None and isinstance(self._num_bits, tuple):
-            with reading_sizes():
-                single = int(amax.numel()) == 1
-            require(single, "E4M3 can only be exported to ONNX with one amax per tensor")
+            require(math.prod(sizes_of(amax)) == 1, "E4M3 can only be exported to ONNX with one amax per tensor")
 
     def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
         super()._apply(fn, recurse)

@@ -85,6 +85,8 @@ class Recipe:
         overrides = {
             str(k): _override(v, f"overrides[{k!r}]") for k, v in _mapping(self.overrides, "overrides").items()
         }
+        if "" in overrides:
+            raise RecipeError("overrides holds an empty pattern; '*' matches every module")
         object.__setattr__(self, "overrides", overrides)
         _check_weights(self.weights, "weights")
         _check_activations(self.activations, "activations")
@@ -106,7 +108,7 @@ class Recipe:
         """
         merged = Override()
         for pattern, override in self._rules():
-            if pattern == node or any(matches(pattern, name) for name in names):
+            if (node and pattern == node) or any(matches(pattern, name) for name in names):
                 given = {f.name: getattr(override, f.name) for f in dataclasses.fields(Override)}
                 merged = dataclasses.replace(merged, **{k: v for k, v in given.items() if v is not None})
         return merged
@@ -244,7 +246,10 @@ def _patterns(value: Any) -> tuple[str, ...]:
         raise RecipeError(f"exclude must be a list of patterns, not the string {value!r}")
     if not isinstance(value, Iterable) or not all(isinstance(p, str) for p in value):
         raise RecipeError("exclude must be a list of strings (glob patterns)")
-    return tuple(value)
+    patterns = tuple(value)
+    if "" in patterns:
+        raise RecipeError("exclude holds an empty pattern; '*' matches every module")
+    return patterns
 
 
 def _override(value: Any, where: str) -> Override:

@@ -41,8 +41,10 @@ def test_the_base_class() -> None:
     half.collect(torch.tensor([-4.0]))
     assert half.compute_amax() == 2
     assert "Half" in repr(half)
-    with pytest.raises(TypeError):
-        _Calibrator(8, None, False)  # type: ignore[abstract]
+    base = _Calibrator(8, None, False)
+    for call in (lambda: base.collect(torch.ones(1)), base.reset, base.compute_amax):
+        with pytest.raises(NotImplementedError):
+            call()
 
 
 # -- max -------------------------------------------------------------------------------------------
@@ -66,8 +68,8 @@ def test_running_maximum(axis: Any) -> None:
     np.testing.assert_array_equal(amax.numpy(), running[-1])
     assert all(isinstance(a, np.ndarray) for a in calibrator.amaxs)
     assert len(calibrator.amaxs) == 3
-    for found, expected in zip(calibrator.amaxs, running, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for found, x in zip(calibrator.amaxs, batches, strict=True):
+        np.testing.assert_array_equal(found, x.detach().abs().amax(reduced, keepdim=bool(kept)).numpy())
     calibrator.reset()
     assert calibrator.compute_amax() is None
 
@@ -251,3 +253,31 @@ def test_nothing_is_logged_above_debug(caplog: pytest.LogCaptureFixture) -> None
         for calibrator in (calib.MaxCalibrator(8, None, True), calib.HistogramCalibrator(8, None, True)):
             calibrator.collect(randn(10))
     assert not caplog.records
+
+
+def test_a_planted_histogram_is_solved() -> None:
+    counts = np.array([1, 2, 3, 2, 1, 0, 0, 1])
+    for kind in (np.asarray, torch.tensor):
+        calibrator = calib.HistogramCalibrator(8, None, False, num_bins=8)
+        calibrator._calib_hist = kind(counts)
+        calibrator._calib_bin_edges = kind(np.linspace(0, 4, 9))
+        assert calibrator.compute_amax("percentile", percentile=80) == 1.5
+        calibrator.collect(torch.tensor([3.9, 4.2]))
+        np.testing.assert_array_equal(calibrator._calib_hist, [1, 2, 3, 2, 1, 0, 0, 2, 1])
+
+
+@pytest.mark.parametrize("num_bins", [7, 100, 1000, 2048])
+def test_the_first_batch_gets_num_bins(num_bins: int) -> None:
+    for seed in range(50):
+        calibrator = calib.HistogramCalibrator(8, None, False, num_bins=num_bins)
+        x = torch.rand(50, generator=torch.Generator().manual_seed(seed))
+        calibrator.collect(x)
+        assert len(calibrator._calib_hist) == num_bins
+        assert int(calibrator._calib_hist.sum()) == 50 and int(calibrator._calib_hist[-1]) >= 1
+
+
+def test_entropy_takes_a_candidate_also_where_all_are_equally_bad() -> None:
+    calibrator = calib.HistogramCalibrator(8, None, False, num_bins=1000)
+    calibrator.collect(torch.cat([torch.rand(1000, generator=torch.Generator().manual_seed(0)), torch.tensor([100.0])]))
+    amax = calibrator.compute_amax("entropy", stride=3)
+    assert any(abs(float(amax) - 0.1 * i) < 1e-4 for i in range(128, 1001, 3))

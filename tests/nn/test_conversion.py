@@ -418,3 +418,17 @@ def test_fields_of_a_recipe_without_meaning_for_modules_are_told(caplog: pytest.
     caplog.clear()
     quantize_modules(nn.Sequential(nn.Linear(2, 2)), qdq.Recipe())
     assert caplog.text == ""
+
+
+def test_quantizers_that_the_user_added_remain(caplog: pytest.LogCaptureFixture) -> None:
+    model = quantize_modules(nn.Sequential(nn.Linear(2, 2)))
+    model[0].result = TensorQuantizer()
+    dequantize_modules(model)
+    assert type(model[0]) is nn.Linear and isinstance(model[0].result, TensorQuantizer)
+    assert "0.result" in caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"exclude": ("",)}, {"overrides": {"": float}}])
+def test_empty_patterns_are_refused(fields: Any) -> None:
+    with pytest.raises(RecipeError, match="holds an empty pattern"):
+        Recipe(**fields)

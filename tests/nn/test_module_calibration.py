@@ -295,10 +295,13 @@ def test_arguments_are_checked_at_the_call() -> None:
     model = net()
     with pytest.raises(ValueError, match="unknown calibration method 'kl': choose one of max, entropy, mse, perc"):
         qdq.calibrating(model, "kl")
-    with pytest.raises(ValueError, match="percentile must be in the range 0 to 100, got 101"):
-        qdq.calibrating(model, "percentile", percentile=101)
-    with pytest.raises(ValueError, match="num_bins must be at least 1, got 0"):
-        qdq.calibrating(model, num_bins=0)
+    wrong: Any
+    for wrong in (101, 50, "99", None, True):
+        with pytest.raises(ValueError, match=f"percentile must be a number above 50 and up to 100, got {wrong!r}"):
+            qdq.calibrating(model, "percentile", percentile=wrong)
+    for wrong in (0, 127, 200.5, "a", True):
+        with pytest.raises(ValueError, match=f"num_bins must be an integer of at least 128, got {wrong!r}"):
+            qdq.calibrating(model, num_bins=wrong)
     with pytest.raises(QdqError, match="model must be a torch.nn.Module, not function"):
         qdq.calibrating(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="no quantizers: convert it with qdq.nn.quantize_modules first"):
@@ -316,3 +319,53 @@ def test_num_bins_reaches_the_histograms() -> None:
         found.append(model.conv._input_quantizer.amax)
         assert torch.equal(found[-1], calibrator.compute_amax("percentile"))  # type: ignore[arg-type]
     assert not torch.equal(*found)
+
+
+# PyTorch's own compiler instantiates autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_is_calibrated() -> None:
+    model = quantize_modules(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    x = torch.randn(5, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with qdq.calibrating(model, "percentile"):
+        compiled(x)
+    assert all(q.amax is not None for q in model.modules() if isinstance(q, TensorQuantizer))
+    assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_calibration_in_inference_mode_leaves_a_model_that_trains(method: str) -> None:
+    model = quantize_modules(nn.Sequential(nn.Linear(4, 3)))
+    x = torch.randn(5, 4)
+    with torch.inference_mode(), qdq.calibrating(model, method):
+        model(x)
+    model(x).sum().backward()
+    model.load_state_dict(model.state_dict())
+    with qdq.calibrating(model, method):
+        model(x)
+    model[0].input_quantizer.amax = 2.0
+
+
+def test_negative_data_for_an_unsigned_quantizer_is_named() -> None:
+    model = quantize_modules(nn.Sequential(nn.Linear(4, 3)), Recipe(activations=QuantDescriptor(unsigned=True)))
+    with (
+        pytest.raises(CalibrationError, match="quantizer 0._input_quantizer is unsigned, and negative values"),
+        qdq.calibrating(model),
+    ):
+        model(-torch.ones(1, 4))
+
+
+def test_load_calib_amax_inside_the_block() -> None:
+    model = quantize_modules(nn.Sequential(nn.Linear(4, 3)))
+    with qdq.calibrating(model, "max"):
+        model(torch.ones(1, 4))
+        model[0].input_quantizer.load_calib_amax()
+        assert model[0].input_quantizer.amax == 1
+        model(2 * torch.ones(1, 4))
+    assert model[0].input_quantizer.amax == 2
+
+
+def test_meta_tensors_are_refused() -> None:
+    model = quantize_modules(nn.Sequential(nn.Linear(4, 3)).to("meta"))
+    with pytest.raises(CalibrationError, match="tensors of the meta device have no values to collect"), qdq.calibrating(model):
+        model(torch.ones(1, 4, device="meta"))

@@ -132,11 +132,12 @@ def entropy_amax(
             for j in filled:
                 quantized[j] = h[filled].sum() / len(filled)
         if quantized.sum() == 0:
+            best_i = i if np.isinf(best) else best_i
             continue
         p, q = reference / reference.sum(), quantized / quantized.sum()
         with np.errstate(divide="ignore"):
             divergence = sum(pj * np.log(pj / qj) for pj, qj in zip(p, q, strict=True) if pj > 0)
-        if np.isfinite(divergence) and divergence <= best:
+        if divergence <= best:  # the last of equals, infinite ones too
             best, best_i = divergence, i
     return float(edges[best_i])
 

@@ -125,7 +125,7 @@ def test_codes_keep_their_scale_when_compiled() -> None:
     scale = q.scale
     assert torch.equal(codes, q(x))
     assert scale is not None
-    assert torch.equal(scale, 127 / x.abs().max())
+    assert torch.equal(scale, torch.tensor(127.0) / x.abs().max())
 
 
 def test_calibration_in_a_compiled_model() -> None:
@@ -142,3 +142,16 @@ def test_calibration_in_a_compiled_model() -> None:
         assert q.amax is not None
         assert float(q.amax) == pytest.approx(2 * float(x.abs().max()), rel=1e-3)
         assert torch.equal(compiled(x), q(x))
+
+
+def test_layers_of_one_kind_do_not_use_up_the_compilers_limit() -> None:
+    """One after another in one process: PyTorch refuses the ninth compilation of one function."""
+    for name in ("Max", "Avg", "AdaptiveAvg"):
+        for d in (1, 2, 3):
+            layer = getattr(qdq.nn, f"Quant{name}Pool{d}d")(2)
+            x = torch.randn(1, 2, *([4] * d))
+            assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    for d in (1, 2, 3):
+        layer = getattr(qdq.nn, f"QuantInstanceNorm{d}d")(2)
+        x = torch.randn(2, 2, *([4] * d))
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Calibrator(ABC):
-    """Base class of the calibrators that a :class:`qdq.TensorQuantizer` owns.
+class Calibrator:
+    """Base class of the calibrators that a :class:`qdq.TensorQuantizer` owns; its methods raise NotImplementedError.
 
     Args:
         num_bits: width of the codes, or (exponent bits, mantissa bits).
@@ -25,17 +24,17 @@ class Calibrator(ABC):
         self._axis = axis
         self._unsigned = unsigned
 
-    @abstractmethod
     def collect(self, x: Tensor) -> None:
         """Add the values of ``x`` to what was seen."""
+        raise NotImplementedError
 
-    @abstractmethod
     def reset(self) -> None:
         """Forget what was seen."""
+        raise NotImplementedError
 
-    @abstractmethod
     def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """The amax of what was seen; None before data."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_bits={self._num_bits}, axis={self._axis}, unsigned={self._unsigned})"

@@ -94,6 +94,15 @@ class HistogramCalibrator(Calibrator):
             return self._edges().to(self._counts.device, torch.float32)
         return self._edges().numpy()
 
+    @_calib_hist.setter
+    def _calib_hist(self, counts: Tensor | np.ndarray) -> None:
+        self._counts = torch.as_tensor(counts).to(torch.int64)
+
+    @_calib_bin_edges.setter
+    def _calib_bin_edges(self, edges: Tensor | np.ndarray) -> None:
+        """Edges of equal distance, from 0."""
+        self._width = float(edges[-1]) / (len(edges) - 1)
+
     def _edges(self) -> Tensor:
         assert self._counts is not None
         return torch.arange(self._counts.numel() + 1, dtype=torch.float64) * self._width
@@ -128,7 +137,8 @@ class HistogramCalibrator(Calibrator):
             # Batches of zeros fix no width; they lie in bin 0 whatever it becomes.
             self._width = largest / self._num_bins
         if self._width > 0.0:
-            needed = math.ceil(largest / self._width)
+            # The quotient may round up beyond a whole number, whose value belongs to the last bin.
+            needed = math.ceil(largest / self._width * (1 - 1e-12))
             if needed > max(_MOST_BINS, self._num_bins):
                 raise RuntimeError(
                     f"a value of {largest:.6g} needs {needed} bins of the width {self._width:.6g} that the first batch "

@@ -21,7 +21,7 @@ class MaxCalibrator(Calibrator):
         num_bits: width of the codes.
         axis: the axes that keep their own amax; negative ones count from the end.
         unsigned: codes from 0.
-        track_amax: keep the amax after every batch in :attr:`amaxs`.
+        track_amax: keep the amax of every batch in :attr:`amaxs`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MaxCalibrator(Calibrator):
 
     @property
     def amaxs(self) -> list[np.ndarray]:
-        """The amax after every batch, where ``track_amax`` was asked for."""
+        """The amax of every batch, where ``track_amax`` was asked for."""
         return self._amaxs
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class MaxCalibrator(Calibrator):
             seen = torch.maximum(seen, local.to(seen.dtype))
         self._calib_amax = seen
         if self._track_amax:
-            self._amaxs.append(seen.to("cpu", torch.float32, copy=True).numpy())
+            self._amaxs.append(local.to("cpu", torch.float32, copy=True).numpy())
 
     def reset(self) -> None:
         """Forget what was seen."""

@@ -133,8 +133,7 @@ def entropy_amax(
     Bin 0 first takes the count of bin 1. For each candidate i (``start_bin``, ... n in steps of ``stride``) the
     reference distribution is ``counts[:i]`` with everything beyond added to its last bin. The quantized one is
     ``counts[:i]`` grouped into ``2**(num_bits - 1 + unsigned)`` levels of equal width, the count of each level spread
-    evenly over those of its bins that are not empty. The last of equals wins, and the result is ``edges[i]``;
-    ``edges[n]`` where no candidate has a finite divergence.
+    evenly over those of its bins that are not empty. The last of equals wins, and the result is ``edges[i]``.
     Method: S. Migacz, "8-bit Inference with TensorRT", GTC 2017.
 
     Raises:
@@ -151,8 +150,8 @@ def entropy_amax(
     candidates = _candidates(h.numel(), max(1, start_bin), stride, h.numel() + 1)
     divergences = _divergences(h, candidates, num_levels)
     best = divergences.min()
-    if bool(torch.isinf(best)):
-        return float(e[-1])
+    if bool(torch.isinf(best)):  # all are equally bad
+        return float(e[candidates[-1]])
     near = candidates[divergences <= best + 1e-9]
     exact = torch.tensor([_divergence(h, int(i), num_levels) for i in near], dtype=torch.float64)
     return float(e[near[exact == exact.min()][-1]])

@@ -108,22 +108,19 @@ class _Search:
         width = largest / torch.full_like(largest, self.num_bins)
         # A row of zeros has no width; its values lie in bin 0 whatever it is.
         used = torch.where(width > 0, width, 1.0)
-        bins = torch.ceil(largest / used).clamp_(min=self.num_bins).to(torch.int64)  # rounding may ask for one more
-        columns = int(bins.max())
+        columns = self.num_bins
         values = comparable(rows)
-        index = torch.minimum(bin_index(values, used[:, None].to(values.dtype)), bins[:, None] - 1)
+        index = bin_index(values, used[:, None].to(values.dtype)).clamp_(max=columns - 1)
         index += columns * torch.arange(rows.shape[0], device=rows.device)[:, None]
         counts = torch.bincount(index.flatten(), minlength=rows.shape[0] * columns).view(-1, columns).cpu()
-        width, bins = width.cpu(), bins.cpu()
+        width = width.cpu()
         if self.method == "percentile":
             share = torch.cumsum(counts.to(torch.float64), 1) / counts.sum(1, keepdim=True).to(torch.float64)
             wanted = torch.full((rows.shape[0], 1), self.percentile / 100, dtype=torch.float64)
             return torch.searchsorted(share, wanted)[:, 0].clamp_(max=columns - 1) * width
-        return self._least_squares(counts, width, bins, num_bits, unsigned)
+        return self._least_squares(counts, width, num_bits, unsigned)
 
-    def _least_squares(
-        self, counts: Tensor, width: Tensor, bins: Tensor, num_bits: int | tuple[int, int], unsigned: bool
-    ) -> Tensor:
+    def _least_squares(self, counts: Tensor, width: Tensor, num_bits: int | tuple[int, int], unsigned: bool) -> Tensor:
         """`mse_amax` of every row. Where the best candidate is best by far, a product of matrices finds it.
 
         In units of the bin width all rows have the same bin centres and candidates, and so the same errors of them.
@@ -132,9 +129,9 @@ class _Search:
         n = self.num_bins
         first = min(128, n - 1)
         # Values of at most 2**-24 count as zeros, in whatever unit.
-        alike = (width > 2.0**-22) & (bins == n)
+        alike = width > 2.0**-22
         if n * (n - first) <= _BLOCK and bool(alike.any()):
-            h = counts[alike, :n].to(torch.float64)
+            h = counts[alike].to(torch.float64)
             x = torch.arange(n, dtype=torch.float64) + 0.5
             if (num_bits, unsigned) not in self._errors:
                 self._errors[num_bits, unsigned] = _squared_errors(x, x[first:], num_bits, unsigned)
@@ -145,8 +142,8 @@ class _Search:
             centre = ((best + first) * edge + (best + first + 1) * edge) / 2
             result[alike] = torch.where(near.sum(1) == 1, centre, torch.nan)
         for i in torch.nonzero(torch.isnan(result))[:, 0].tolist():
-            edges = torch.arange(int(bins[i]) + 1, dtype=torch.float64) * float(width[i])
-            result[i] = mse_amax(counts[i, : int(bins[i])], edges, num_bits, unsigned)
+            edges = torch.arange(n + 1, dtype=torch.float64) * float(width[i])
+            result[i] = mse_amax(counts[i], edges, num_bits, unsigned)
         return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import re
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +74,7 @@ _FUSED_PATHS = (
     (nn.TransformerEncoder, "use_nested_tensor", False),
 )
 _SAVED = "_before_quantization_"
+_OWN_QUANTIZER = re.compile(r"_\w+_quantizers?")
 _UNUSED_FIELDS = ("calibration", "percentile", "weight_calibration", "reduce_range")
 
 
@@ -314,7 +316,8 @@ def _to_float(module: nn.Module) -> None:
         return
     for name, child in list(module.named_children()):
         of_list = isinstance(child, nn.ModuleList) and len(child) and all(isinstance(q, TensorQuantizer) for q in child)
-        if of_list or isinstance(child, TensorQuantizer):
+        # The names that layers give theirs; others are the user's own.
+        if _OWN_QUANTIZER.fullmatch(name) and (of_list or isinstance(child, TensorQuantizer)):
             delattr(module, name)
     module.__class__ = float_class
 

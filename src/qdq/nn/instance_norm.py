@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .quantized_module import QuantInputLayer, pop_quant_desc_in_kwargs
+from .quantized_module import QuantInputMixin, pop_quant_desc_in_kwargs
 
 
-class _QuantInstanceNorm(QuantInputLayer):
+class _QuantInstanceNorm(QuantInputMixin, nn.Module):
     def __init__(
         self,
         num_features: int,
@@ -26,6 +26,10 @@ class _QuantInstanceNorm(QuantInputLayer):
         descriptor = pop_quant_desc_in_kwargs(type(self), input_only=True, **kwargs)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.init_quantizer(descriptor)
+
+    def forward(self, input: Tensor) -> Any:
+        """The instance norm of the quantized input."""
+        return super().forward(self._input_quantizer(input))
 
 
 class QuantInstanceNorm1d(_QuantInstanceNorm, nn.InstanceNorm1d):

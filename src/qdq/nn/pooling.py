@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .quantized_module import QuantInputLayer, pop_quant_desc_in_kwargs
+from .quantized_module import QuantInputMixin, pop_quant_desc_in_kwargs
 
+# Every family has a forward of its own: torch.compile stops at eight compilations of one function.
 _Size = int | tuple[int, ...]
 
 
-class _QuantMaxPool(QuantInputLayer):
+class _QuantMaxPool(QuantInputMixin, nn.Module):
     def __init__(
         self,
         kernel_size: _Size,
@@ -26,6 +27,10 @@ class _QuantMaxPool(QuantInputLayer):
         super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
         self.init_quantizer(descriptor)
 
+    def forward(self, input: Tensor) -> Any:
+        """The pool of the quantized input."""
+        return super().forward(self._input_quantizer(input))
+
 
 class QuantMaxPool1d(_QuantMaxPool, nn.MaxPool1d):
     """`torch.nn.MaxPool1d` of the quantized input; its arguments and `quant_desc_input`."""
@@ -39,7 +44,7 @@ class QuantMaxPool3d(_QuantMaxPool, nn.MaxPool3d):
     """`torch.nn.MaxPool3d` of the quantized input; its arguments and `quant_desc_input`."""
 
 
-class QuantAvgPool1d(QuantInputLayer, nn.AvgPool1d):
+class QuantAvgPool1d(QuantInputMixin, nn.AvgPool1d):
     """`torch.nn.AvgPool1d` of the quantized input; its arguments and `quant_desc_input`."""
 
     def __init__(
@@ -55,8 +60,12 @@ class QuantAvgPool1d(QuantInputLayer, nn.AvgPool1d):
         super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad)
         self.init_quantizer(descriptor)
 
+    def forward(self, input: Tensor) -> Any:
+        """The pool of the quantized input."""
+        return super().forward(self._input_quantizer(input))
 
-class _QuantAvgPool(QuantInputLayer):
+
+class _QuantAvgPool(QuantInputMixin, nn.Module):
     def __init__(
         self,
         kernel_size: _Size,
@@ -71,6 +80,10 @@ class _QuantAvgPool(QuantInputLayer):
         super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
         self.init_quantizer(descriptor)
 
+    def forward(self, input: Tensor) -> Any:
+        """The pool of the quantized input."""
+        return super().forward(self._input_quantizer(input))
+
 
 class QuantAvgPool2d(_QuantAvgPool, nn.AvgPool2d):
     """`torch.nn.AvgPool2d` of the quantized input; its arguments and `quant_desc_input`."""
@@ -80,11 +93,15 @@ class QuantAvgPool3d(_QuantAvgPool, nn.AvgPool3d):
     """`torch.nn.AvgPool3d` of the quantized input; its arguments and `quant_desc_input`."""
 
 
-class _QuantAdaptiveAvgPool(QuantInputLayer):
+class _QuantAdaptiveAvgPool(QuantInputMixin, nn.Module):
     def __init__(self, output_size: int | tuple[int | None, ...] | None, **kwargs: Any) -> None:
         descriptor = pop_quant_desc_in_kwargs(type(self), input_only=True, **kwargs)
         super().__init__(output_size)
         self.init_quantizer(descriptor)
+
+    def forward(self, input: Tensor) -> Any:
+        """The pool of the quantized input."""
+        return super().forward(self._input_quantizer(input))
 
 
 class QuantAdaptiveAvgPool1d(_QuantAdaptiveAvgPool, nn.AdaptiveAvgPool1d):

@@ -135,14 +135,6 @@ class QuantWeightMixin(_WeightQuantized):
         self._weight_quantizer = make_quantizer(self, quant_desc_weight, "quant_desc_weight")
 
 
-class QuantInputLayer(QuantInputMixin, nn.Module):
-    """Base of the layers that are a `torch.nn` module of the quantized input: named before that module's class."""
-
-    def forward(self, input: Tensor) -> Any:
-        """What the `torch.nn` module computes, of the quantized input."""
-        return super().forward(self._input_quantizer(input))
-
-
 class QuantMixin(_InputQuantized, _WeightQuantized):
     """For modules that quantize their input and their weight: class defaults, and the two quantizers.
 
@@ -180,7 +172,7 @@ class QuantMixin(_InputQuantized, _WeightQuantized):
             self._weight_quantizers = nn.ModuleList(of_weight() for _ in range(num_layers))
 
 
-def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs: Any) -> Any:
+def pop_quant_desc_in_kwargs(quant_cls: Any, input_only: bool = False, **kwargs: Any) -> Any:
     """The descriptors in the keywords of a quantized module's constructor, or else its class's defaults.
 
     Args:
@@ -192,12 +184,17 @@ def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs
         The input descriptor if `input_only`, else (input descriptor, weight descriptor).
 
     Raises:
-        TypeError: other keywords.
+        TypeError: other keywords, or a class without defaults.
     """
-    desc_input = kwargs.pop("quant_desc_input", quant_cls.default_quant_desc_input)  # type: ignore[attr-defined]
+    if not hasattr(quant_cls, "default_quant_desc_input"):
+        raise TypeError(
+            f"{quant_cls.__name__} is no quantized class. Where torch.nn is patched by initialize(), a class defined "
+            "before that must call super().__init__(...), not nn.Linear.__init__(self, ...)"
+        )
+    desc_input = kwargs.pop("quant_desc_input", quant_cls.default_quant_desc_input)
     desc_weight = None
     if not input_only:
-        desc_weight = kwargs.pop("quant_desc_weight", quant_cls.default_quant_desc_weight)  # type: ignore[attr-defined]
+        desc_weight = kwargs.pop("quant_desc_weight", quant_cls.default_quant_desc_weight)
     if kwargs:
         raise TypeError(f"Unused keys: {', '.join(sorted(kwargs))} (arguments of {quant_cls.__name__})")
     return desc_input if input_only else (desc_input, desc_weight)

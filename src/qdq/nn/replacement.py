@@ -179,7 +179,7 @@ def deactivate() -> None:
 def _checked_names(names: Iterable[str] | None) -> frozenset[str]:
     if names is None:
         return frozenset()
-    found = None if isinstance(names, str) else list(names)
+    found = None if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if found is None or not all(isinstance(name, str) for name in found):
         raise TypeError(f"float_module_list must be a list of class names such as ['Linear'], got {names!r}")
     unknown = sorted(set(found) - set(_PUBLISHED))
@@ -194,10 +194,14 @@ def _checked_names(names: Iterable[str] | None) -> frozenset[str]:
 
 def _checked_custom(custom_map: Iterable[Any] | None) -> list[_Entry]:
     checked: list[_Entry] = []
+    if custom_map is not None and not isinstance(custom_map, Iterable):
+        raise TypeError(f"custom_quant_modules must be a list of tuples (module, 'Name', Class), got {custom_map!r}")
     for entry in custom_map or ():
         if not isinstance(entry, (tuple, list)) or len(entry) != 3 or not isinstance(entry[1], str):
             raise TypeError(f"custom_quant_modules must hold tuples (module, 'Name', Class), got {entry!r}")
         module, name, replacement = entry
+        if not callable(replacement):
+            raise TypeError(f"custom_quant_modules: {replacement!r} cannot stand for the class {name!r}")
         if not hasattr(module, name):
             raise ValueError(
                 f"custom_quant_modules: {getattr(module, '__name__', module)!r} has no {name!r} to replace"
