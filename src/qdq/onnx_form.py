@@ -34,6 +34,14 @@ def reading_sizes() -> Iterator[None]:
         yield
 
 
+def sizes_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape as numbers, also while the older exporter traces."""
+    if not is_tracing():
+        return tuple(tensor.shape)
+    with reading_sizes():
+        return tuple(int(size) for size in tensor.shape)
+
+
 def channel_axis(
     rank: int, amax_shape: Sequence[int], num_bits: int | tuple[int, int], unsigned: bool, narrow_range: bool
 ) -> int | None:
@@ -43,9 +51,8 @@ def channel_axis(
         AssertionError: ONNX has no form for the quantizer: a width other than 8 bits or E4M3, a signed narrow range,
             amax over several axes, E4M3 with more than one amax.
     """
-    sizes = tuple(int(size) for size in amax_shape)
-    axes = [rank - len(sizes) + i for i, size in enumerate(sizes) if size != 1]
-    require(len(axes) <= 1, f"amax of shape {sizes} spans several axes: ONNX takes one")
+    axes = [rank - len(amax_shape) + i for i, size in enumerate(amax_shape) if size != 1]
+    require(len(axes) <= 1, f"amax of shape {tuple(amax_shape)} spans several axes: ONNX takes one")
     if isinstance(num_bits, tuple):
         require(num_bits == E4M3_BITS, f"only E4M3 can be exported to ONNX, got num_bits={num_bits}")
         require(not axes, "E4M3 can only be exported to ONNX with one amax per tensor")

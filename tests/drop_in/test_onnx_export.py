@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -32,7 +32,7 @@ EXPORTERS = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript",
 
 def export(module: nn.Module, *inputs: Tensor, dynamo: bool, **options: Any) -> onnx.ModelProto:
     """The model in a file in memory, exported inside `enable_onnx_export`."""
-    target = io.BytesIO()
+    target = cast(Any, io.BytesIO())  # PyTorch's signature does not name it
     with pytorch_quantization.enable_onnx_export():
         torch.onnx.export(module.eval(), inputs, target, dynamo=dynamo, verbose=False, **options)
     return onnx.load_from_string(target.getvalue())
@@ -121,9 +121,8 @@ def test_scales_and_zero_points_are_constants(network: nn.Module, dynamo: bool) 
     steps = [values[n.input[1]] for n in quantizers]
     zeros = [values[n.input[2]] for n in quantizers]
     axes = [[a.i for a in n.attribute if a.name == "axis"] for n in quantizers]
-    amax = {
-        name: m.amax.numpy() for name, m in network.named_modules() if isinstance(m, quant_nn.TensorQuantizer)
-    }  # fmt: skip
+    found = [(n, m) for n, m in network.named_modules() if isinstance(m, quant_nn.TensorQuantizer)]
+    amax = {name: cast(Tensor, m.amax).numpy() for name, m in found}
     per_tensor = [np.float32(amax["conv._input_quantizer"]) / np.float32(127), np.float32(1.5) / np.float32(127)]
     assert sum(s.shape == () and s in per_tensor for s in steps) == 2
     assert any(np.array_equal(s, amax["conv._weight_quantizer"].reshape(-1) / np.float32(127)) for s in steps)
@@ -139,7 +138,7 @@ def test_a_zero_amax_gets_scale_one(dynamo: bool) -> None:
     module = quant_nn.TensorQuantizer(QuantDescriptor(axis=0, amax=[[0.0], [2.54]]))
     proto = export(module, torch.rand(2, 3), dynamo=dynamo)
     steps = [v for v in constants(proto).values() if v.dtype == np.float32]
-    np.testing.assert_array_equal(steps[0], np.float32([1.0, 2.54]) / np.float32([1, 127]))
+    np.testing.assert_array_equal(steps[0], np.array([1.0, 2.54], np.float32) / np.array([1, 127], np.float32))
 
 
 @EXPORTERS
@@ -170,7 +169,7 @@ def test_e4m3_becomes_tensorrts_nodes_with_one_scalar_scale(dynamo: bool) -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.quantizer(x) + scaled_e4m3(x)
 
-    target = io.BytesIO()
+    target = cast(Any, io.BytesIO())  # PyTorch's signature does not name it
     options: dict[str, Any] = {"dynamo": dynamo, "verbose": False}
     with pytorch_quantization.enable_onnx_export():
         torch.onnx.export(Both().eval(), (torch.rand(3, 4),), target, **options)
@@ -241,13 +240,13 @@ def test_what_has_no_form_is_refused_by_name(descriptor: QuantDescriptor, messag
     ],
 )
 def test_outside_of_the_block_no_wrong_file_is_written_either(descriptor: QuantDescriptor, dynamo: bool) -> None:
-    module = nn.Sequential(quant_nn.TensorQuantizer(descriptor))
+    module, target = nn.Sequential(quant_nn.TensorQuantizer(descriptor)), cast(Any, io.BytesIO())
     with pytest.raises((AssertionError, torch.onnx.OnnxExporterError)):
-        torch.onnx.export(module.eval(), (torch.rand(3, 4),), io.BytesIO(), dynamo=dynamo, verbose=False)
+        torch.onnx.export(module.eval(), (torch.rand(3, 4),), target, dynamo=dynamo, verbose=False)
 
 
 def test_outside_of_the_block_the_nodes_are_the_same(network: nn.Module) -> None:
-    target = io.BytesIO()
+    target = cast(Any, io.BytesIO())  # PyTorch's signature does not name it
     torch.onnx.export(network, (X,), target, dynamo=False)
     assert kinds(onnx.load_from_string(target.getvalue()))["QuantizeLinear"] == 6
 

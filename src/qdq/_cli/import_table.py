@@ -140,3 +140,29 @@ def native_below(old: str, module: str) -> str | None:
         if name.startswith(f"{module}.") and (home == module or home not in NOT_LOADED_BY_QDQ):
             return name
     return None
+
+
+def is_lost(path: str, target: str, module: str, *, begins: bool = False) -> bool:
+    """Whether something of an old module is not found under the same dotted path of a native one.
+
+    Args:
+        path: `.dotted.path` below `target`; what follows a published name in it does not matter.
+        target: the old module.
+        module: the native module that takes its place.
+        begins: `path` is only the beginning of one.
+    """
+    known = {name for table in (NATIVE, SAME_ROLE, WITHOUT_NATIVE_NAME) for name in table}
+    if begins:
+        return any(_is_lost(name, target, module) for name in known if name.startswith(target + path))
+    old = target + path
+    while old not in known:
+        old = module_of(old)
+    return old != target and _is_lost(old, target, module)
+
+
+def _is_lost(old: str, target: str, module: str) -> bool:
+    expected = module + old.removeprefix(target)
+    if old in SAME_ROLE:
+        return expected not in SAME_ROLE[old]
+    reachable = module_of(expected) == module or module_of(expected) not in NOT_LOADED_BY_QDQ
+    return not reachable or expected not in NATIVE.get(old, ())

@@ -201,7 +201,16 @@ def _walk(folder: Path, outcome: _Outcome) -> Iterator[Path]:
 
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not _is_skipped(Path(root, name)))
-        yield from (Path(root, name) for name in sorted(files) if name.endswith((".py", ".ipynb")))
+        paths = (Path(root, name) for name in sorted(files) if name.endswith((".py", ".ipynb")))
+        yield from (path for path in paths if not _is_special(path))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device, whose reading may never end."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False  # the reading will name the reason
 
 
 def _is_skipped(folder: Path) -> bool:

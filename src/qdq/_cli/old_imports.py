@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,17 +14,17 @@ from qdq._cli.import_table import (
     OLD_PACKAGE,
     SAME_ROLE,
     WITHOUT_NATIVE_NAME,
+    is_lost,
     is_old_module,
     module_of,
     native_below,
 )
+from qdq._cli.mentions import Mentions
 from qdq._cli.scopes import BoundImport, Names, Scope
 from qdq._cli.source_text import FromImport, NewImport, SourceText, WholeImport
 
 _ADVICE = "new code converts one model, without a change to torch.nn: qdq.nn.quantize_modules(model)"
 _INITIALIZE = {f"{OLD_PACKAGE}.initialize", f"{OLD_PACKAGE}.quant_modules.initialize"}
-_PATH = re.compile(rf"{OLD_PACKAGE}(\.\w+)*\.?")  # of a string's value
-_IMPORTS_BY_NAME = {"import_module", "__import__", "find_spec", "importorskip"}
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,13 @@ class _File:
         self.taken = frozenset(taken)
         self.findings: list[Finding] = []
         self.new_imports: dict[ast.alias, NewImport] = {}
-        self.strings = list(self._strings())
+        self.mentions = Mentions(self.tree, self.parents)
+        self.read_in_classes: dict[str, int] = {}  # names that classes bind too, and a line
 
     def migrate(self) -> Migration:
         groups = self._groups()
         uses = self._uses(groups)
-        by_name = self._looked_up_by_name()
+        by_name = self.mentions.lookup()
         for key, group in groups.items():
             try:
                 if by_name is not None:
@@ -97,7 +97,7 @@ class _File:
             except _Left as reason:
                 self._leave(group, uses[key], str(reason))
         self._stars()
-        self._note_strings()
+        self._note_mentions()
         self.source.replace_imports(self.new_imports)
         text = self.source.edited()
         return Migration(text, sorted(self.findings, key=lambda finding: finding.line))
@@ -117,6 +117,8 @@ class _File:
         for name, scope in self.names.uses():
             group = groups.get((scope, name.id))
             if group is None:
+                if scope.kind == "class":  # where the class has not bound it yet, it is that of the module
+                    self.read_in_classes.setdefault(name.id, name.lineno)
                 continue
             node: ast.expr = name
             old = _target(group[0]) or ""
@@ -127,33 +129,6 @@ class _File:
                 node, old = parent, f"{old}.{parent.attr}"
             uses[scope, name.id].append(_Use(node, name, old))
         return uses
-
-    def _strings(self) -> Iterator[ast.Constant]:
-        """String constants but docstrings and other strings that stand alone."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                parent = self.parents.get(node)
-                if not isinstance(parent, ast.Expr):
-                    yield node
-
-    def _looked_up_by_name(self) -> int | None:
-        """The line of a string through which code reaches into the old package as a module object, if there is one."""
-        for node in self.strings:
-            if _PATH.fullmatch(str(node.value)):
-                parent = self.parents.get(node)
-                dotted_argument = isinstance(parent, ast.Call) and "." in str(node.value)
-                if (dotted_argument and self._harmless(node) is None) or _in_sys_modules(parent):
-                    return node.lineno
-        return None
-
-    def _harmless(self, node: ast.Constant) -> str | None:
-        """What a string is, where it names the old package without reaching into it through other code's imports."""
-        parent = self.parents.get(node)
-        function = parent.func if isinstance(parent, ast.Call) else None
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if name == "getLogger":
-            return "the name of a logger: those of qdq begin with qdq"
-        return "imported by a string at run time" if name in _IMPORTS_BY_NAME else None
 
     # What becomes of it.
 
@@ -172,8 +147,10 @@ class _File:
             raise _Left("it is an attribute of a class")
         if key[0] is self.names.module and key[1] in self.taken:
             raise _Left("another of the files takes this name from here")
+        if key[0] is self.names.module and key[1] in self.read_in_classes:
+            raise _Left(f"line {self.read_in_classes[key[1]]} reads the name in a class that binds it too")
         for module in SAME_ROLE[target]:
-            if self._keep_name(group, uses, target, module):
+            if self._keep_name(key, group, uses, module):
                 return
         self._write_full_names(key, group, uses)
 
@@ -224,9 +201,11 @@ class _File:
             return isinstance(parent.op, ast.Not)
         return isinstance(parent, (ast.If, ast.While, ast.IfExp, ast.Assert)) and parent.test is node
 
-    def _keep_name(self, group: list[BoundImport], uses: list[_Use], target: str, module: str) -> bool:
+    def _keep_name(
+        self, key: tuple[Scope, str], group: list[BoundImport], uses: list[_Use], module: str
+    ) -> bool:
         """The bound name comes to mean a native module, where one module has all that is used."""
-        name = group[0].name
+        name, target = key[1], _target(group[0]) or ""
         renamed = any(isinstance(bound.statement, ast.Import) and not bound.alias.asname for bound in group)
         if renamed or (len(SAME_ROLE[target]) > 1 and not uses):
             return False
@@ -237,17 +216,33 @@ class _File:
                 if native is None:
                     return False
                 new_texts[use] = name + native.removeprefix(module)
-        changed = [use for use, new in new_texts.items() if new != self.source.segment(use.node)]
-        if any(self._unwritable(use, target) for use in changed):
-            return False
+        changed = {use: new for use, new in new_texts.items() if new != self.source.segment(use.node)}
+        self._check_changes(key, group, changed, target, module)
         for bound in group:
             parent, _, leaf = module.rpartition(".")
             whole = isinstance(bound.statement, ast.Import)
             self._import(bound, WholeImport((module,), name) if whole else FromImport(parent, leaf, name))
         for use in uses:
-            new = new_texts.get(use)
-            self._use(use, module if new is None else module + new.removeprefix(name), new if use in changed else None)
+            self._use(use, module + new_texts.get(use, name).removeprefix(name), changed.get(use))
         return True
+
+    def _check_changes(
+        self, key: tuple[Scope, str], group: list[BoundImport], changed: Iterable[_Use], target: str, module: str
+    ) -> None:
+        """Refuses changes after the name of a module that are not safe, whatever the uses become."""
+        for use in changed:
+            why = self._unwritable(use, target)
+            if why:
+                raise _Left(f"line {use.node.lineno} {why}")
+            others = [node for node in self._other_bindings(key, group) if not self._binds_none(node)]
+            if others:
+                raise _Left(f"line {_line(others[0])} binds {key[1]} to something else, and {use.old} has another name")
+            break
+        mention = self.mentions.of_lost_attribute(
+            key[1], lambda path, begins: is_lost(path, target, module, begins=begins)
+        )
+        if mention:
+            raise _Left(f"{mention}, which {module} does not have")
 
     def _write_full_names(self, key: tuple[Scope, str], group: list[BoundImport], uses: list[_Use]) -> None:
         """Every use becomes a full native name (`qdq.train.freeze_parameters`), and the import that of its modules."""
@@ -272,8 +267,7 @@ class _File:
         self, scope: Scope, name: str, group: list[BoundImport], uses: list[_Use], target: str
     ) -> None:
         several = "its names live in several modules of qdq, and " if target != OLD_PACKAGE else ""
-        aliases = {bound.alias for bound in group}
-        others = [node for node in scope.bindings[name] if node not in aliases]
+        others = self._other_bindings((scope, name), group)
         if others:
             raise _Left(f"{several}line {_line(others[0])} binds {name} to something else")
         if any(bound.within is not scope for bound in group):
@@ -284,10 +278,9 @@ class _File:
             why = self._unwritable(use, target)
             if why:
                 raise _Left(f"{several}line {use.node.lineno} {why}")
-        mention = rf"(?<![\w.]){name}\.\w" if target == OLD_PACKAGE else rf"(?<![\w.]){name}(?!\w)"
-        for node in self.strings:
-            if re.search(mention, str(node.value)) and self._harmless(node) is None:
-                raise _Left(f"{several}a string on line {node.lineno} names {name}")
+        mention = self.mentions.of_name(name, attributes=target == OLD_PACKAGE)
+        if mention:
+            raise _Left(f"{several}{mention}")
         bindings = self.names.bindings_of("qdq")
         if any(node not in self.names.module.bindings.get("qdq", ()) or not _imports_qdq(node) for node in bindings):
             raise _Left(f"{several}the name qdq is bound to something else here")
@@ -295,6 +288,18 @@ class _File:
             raise _Left(f"{several}an import of qdq inside a function would hide the one outside")
         if any(self.source.holds_comments(bound.statement) for bound in group):
             raise _Left(f"{several}comments stand inside the import statement")
+
+    def _other_bindings(self, key: tuple[Scope, str], group: list[BoundImport]) -> list[ast.AST]:
+        """What binds the name besides the imports of the old package."""
+        aliases = {bound.alias for bound in group}
+        return [node for node in key[0].bindings[key[1]] if node not in aliases]
+
+    def _binds_none(self, node: ast.AST) -> bool:
+        """Whether a binding is to None, or only an annotation."""
+        parent = self.parents.get(node)
+        if not isinstance(parent, (ast.Assign, ast.AnnAssign)):
+            return False
+        return parent.value is None or (isinstance(parent.value, ast.Constant) and parent.value.value is None)
 
     def _unwritable(self, use: _Use, target: str) -> str | None:
         """Why the text of a use cannot be replaced."""
@@ -337,11 +342,9 @@ class _File:
                 reason = "a star import does not say which names it takes"
                 self._report(node.lineno, "left", f"from {node.module} import *", reason)
 
-    def _note_strings(self) -> None:
-        for node in self.strings:
-            if _PATH.fullmatch(str(node.value)):
-                reason = self._harmless(node) or "a string: look at it yourself"
-                self._report(node.lineno, "left", repr(node.value), reason)
+    def _note_mentions(self) -> None:
+        for line, text, reason in self.mentions.of_old_package():
+            self._report(line, "left", text, reason)
 
     def _report(self, line: int, kind: Literal["import", "use", "left", "note"], old: str, new: str) -> None:
         self.findings.append(Finding(line, kind, old, new))
@@ -387,15 +390,3 @@ def _imports_qdq(node: ast.AST) -> bool:
 
 def _line(node: ast.AST) -> int:
     return getattr(node, "lineno", 0)
-
-
-def _in_sys_modules(parent: ast.AST | None) -> bool:
-    """Whether a string is looked up in `sys.modules`."""
-    places: list[ast.AST] = []
-    if isinstance(parent, ast.Subscript):
-        places = [parent.value]
-    elif isinstance(parent, ast.Compare):
-        places = [*parent.comparators]
-    elif isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute):
-        places = [parent.func.value]
-    return any(isinstance(place, ast.Attribute) and place.attr == "modules" for place in places)

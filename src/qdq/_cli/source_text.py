@@ -81,9 +81,11 @@ class SourceText:
         Raises:
             SyntaxError: the edits do not make a Python source.
         """
-        text = self.text
-        for start, end, new in sorted(self._edits, reverse=True):
-            text = text[:start] + new + text[end:]
+        pieces, position = [], 0
+        for start, end, new in sorted(self._edits):
+            pieces += [self.text[position:start], new]
+            position = end
+        text = "".join([*pieces, self.text[position:]])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ast.parse(text)
@@ -141,14 +143,11 @@ class SourceText:
         gaps = [self.text[end:start] for end, start in zip([opening + 1, *ends], [*starts, closing], strict=True)]
         # The rest of a line belongs to the item before it, the lines that follow to the item after it.
         rests, leads = zip(*(_split_after_line(gap) for gap in gaps), strict=True)
-        used = "".join(leads[index] + rests[index + 1] for index, _ in items)
-        if len(items) == 1 and "#" not in used:
-            return head + texts[0]
-        body = "".join(leads[index] + text + rests[index + 1] for index, text in items)
-        if not body.endswith(("\n", "\r")):
-            return f"{head}({rests[0] if items[0][0] == 0 else ''}{body.rstrip(', ')})"
-        first = rests[0] if items[0][0] == 0 else self._newline(node) if rests[0] else ""
-        return f"{head}({first}{body}{leads[-1]})"
+        first = rests[0] if items[0][0] == 0 else ""
+        # Lines of comments before the closing parenthesis go with the last item.
+        last = leads[-1] if items[-1][0] == len(node.names) - 1 else leads[-1].splitlines(keepends=True)[-1:]
+        used = first + "".join(leads[index] + rests[index + 1] for index, _ in items)
+        XXX
 
     def _parentheses(self, node: ast.ImportFrom) -> tuple[int | None, int | None]:
         tokens = self._tokens(node)
@@ -196,8 +195,10 @@ class SourceText:
         return self._offset(line, column), self._offset(end_line, end_column)
 
     def _offset(self, line: int, column: int) -> int:
-        before = self._lines[line - 1].encode()[:column] if line <= len(self._lines) else b""
-        return self._starts[line - 1] + len(before.decode(errors="ignore"))
+        text = self._lines[line - 1] if line <= len(self._lines) else ""
+        if text.isascii():  # known without a look at the line
+            return self._starts[line - 1] + min(column, len(text))
+        return self._starts[line - 1] + len(text.encode()[:column].decode(errors="ignore"))
 
 
 def _split_after_line(text: str) -> tuple[str, str]:
