@@ -223,7 +223,15 @@ def verify(
 
 
 def explain(qmodel: nn.Module) -> Explanation:
-    """Every tensor of a quantized model: quantized or not, by which rule, shared with whom, and why not if not."""
+    """Every tensor of a quantized model: quantized or not, by which rule, shared with whom, and why not if not.
+
+    Raises:
+        QdqError: not a model that `quantize` returned.
+    """
+    if isinstance(qmodel, nn.Module) and KEY not in getattr(qmodel, "meta", {}) and has_quantizers(qmodel):
+        raise QdqError(
+            "explain says where qdq.quantize placed quantizers; in this model they are modules: print(model) shows them"
+        )
     explanation = record_of(qmodel).explanation
     assert explanation is not None
     return explanation

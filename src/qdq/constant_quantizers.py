@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from .calib.ranges import channel_mse_amax
 from .functional import fake_quantize_affine
-from .kernels.reference import affine_quantize
+from .kernels.reference import TINY_AMAX, affine_quantize
 from .saturation import pair_safe_factor, shrink_pairs
 
-TINY_AMAX = 2.0**-24
 # Half of int32: the other half is left to the sum of products that the bias is added to.
 BIAS_CODE_LIMIT = 2**30
 

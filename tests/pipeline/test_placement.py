@@ -260,3 +260,9 @@ def test_a_model_that_qdq_did_not_quantize_is_refused(function: Callable[..., An
         qdq.QdqError, match="expected a model that qdq.quantize returned, not a Conv2d: quantize it first"
     ):
         function(nn.Conv2d(4, 4, 3))
+
+
+def test_explain_of_quantized_modules_points_to_the_modules() -> None:
+    model = qdq.nn.quantize_modules(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(qdq.QdqError, match="in this model they are modules: print"):
+        qdq.explain(model)

@@ -11,12 +11,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..formats import E4M3, IntFormat
-from ..kernels.reference import affine_quantize, symmetric_quantize
+from ..kernels.reference import TINY_AMAX, affine_quantize, symmetric_quantize
 
 aten = torch.ops.aten
-
-# An amax below this counts as zero, and gives codes of 0 (qdq.kernels.reference).
-TINY_AMAX = 2.0**-24
 
 _MOVES = {
     aten.reshape.default,

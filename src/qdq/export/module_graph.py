@@ -9,19 +9,18 @@ from torch import Tensor, fx, nn
 
 from ..affine_quantizer import AffineQuantizer
 from ..errors import CalibrationError, ExportError
-from ..formats import E4M3 as FORMAT
-from ..formats import IntFormat
+from ..formats import E4M3, IntFormat
 from ..graph.fold import evaluate
 from ..graph.ops import Kind, is_constant, is_float, module_path, operation_name, rank_of, value_of
 from ..graph.targets import Target
-from ..kernels import operations as _operators  # noqa: F401  # registers the two below
+from ..kernels.operations import FAKE_TENSOR_QUANT, SCALED_E4M3
+from ..kernels.reference import TINY_AMAX
 from ..onnx_nodes import quantize_dequantize
 from ..quantizer import TensorQuantizer
-from .coded_constants import TINY_AMAX, CodedConstant, encode, moved
+from .coded_constants import CodedConstant, encode, moved
 from .norm_folding import fold_norms
 
-INTEGER = torch.ops.qdq.fake_tensor_quant.default
-E4M3 = torch.ops.qdq.scaled_e4m3.default
+_QUANTIZE = (FAKE_TENSOR_QUANT, SCALED_E4M3)
 
 
 class Float8Quantizer(nn.Module):
@@ -42,10 +41,10 @@ class Float8Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The tensor on the grid of E4M3."""
         if torch.onnx.is_in_onnx_export():
-            step = self.amax.clamp(min=TINY_AMAX) / FORMAT.max_value
+            step = self.amax.clamp(min=TINY_AMAX) / E4M3.max_value
             zero_point = torch.zeros((), dtype=torch.float8_e4m3fn)
             return quantize_dequantize(x, step, zero_point, name=self.name)
-        return E4M3(x, self.amax)
+        return SCALED_E4M3(x, self.amax)
 
 
 def has_quantizers(model: nn.Module) -> bool:
@@ -55,7 +54,7 @@ def has_quantizers(model: nn.Module) -> bool:
 
 def is_quantized(graph_module: fx.GraphModule) -> bool:
     """Whether a captured graph holds quantizers: of modules, or of direct calls of `qdq.functional`."""
-    return any(node.target in (INTEGER, E4M3) for node in graph_module.graph.nodes)
+    return any(node.target in _QUANTIZE for node in graph_module.graph.nodes)
 
 
 def check_stages(model: nn.Module) -> None:
@@ -77,7 +76,7 @@ def check_stages(model: nn.Module) -> None:
 def keep_quantizers(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Marks captured quantizers, so that folding computes no constant through them: their codes are to be stored."""
     for node in graph_module.graph.nodes:
-        if node.target in (INTEGER, E4M3):
+        if node.target in _QUANTIZE:
             node.meta["qdq_constant"] = False
     return graph_module
 
@@ -98,7 +97,7 @@ def convert_quantizers(graph_module: fx.GraphModule, target: Target) -> dict[fx.
     _check_ranges(graph_module)
     coded: dict[fx.Node, Any] = {}
     for node in list(graph_module.graph.nodes):
-        if node.target in (INTEGER, E4M3):
+        if node.target in _QUANTIZE:
             if is_constant(node.args[0]):
                 coded[node] = conversion.constant(node)
             else:
@@ -144,7 +143,7 @@ def path_of(node: fx.Node) -> str:
 def _check_ranges(graph_module: fx.GraphModule) -> None:
     dynamic, broken = [], []
     for node in graph_module.graph.nodes:
-        if node.target not in (INTEGER, E4M3):
+        if node.target not in _QUANTIZE:
             continue
         amax = node.args[1]
         if isinstance(amax, fx.Node) and not is_constant(amax):
@@ -173,7 +172,7 @@ class _Conversion:
         path = path_of(node)
         value, amax = (evaluate(self.graph_module, a) for a in node.args[:2])  # type: ignore[arg-type]
         _check_axes(path, amax)
-        if node.target is E4M3:
+        if node.target is SCALED_E4M3:
             self._check_e4m3(path, amax)
             return encode(self._name(path), path, value, amax, None, False, False)
         num_bits, unsigned, narrow_range = node.args[2:5]
@@ -204,7 +203,7 @@ class _Conversion:
 
     def _amax(self, node: fx.Node) -> Tensor:
         amax = node.args[1]
-        largest = torch.tensor(FORMAT.max_value)  # scaled_e4m3 without amax
+        largest = torch.tensor(E4M3.max_value)  # scaled_e4m3 without amax
         return evaluate(self.graph_module, amax).float() if isinstance(amax, fx.Node) else largest
 
     def _module(self, node: fx.Node, path: str, amax: Tensor) -> AffineQuantizer | Float8Quantizer:
@@ -213,7 +212,7 @@ class _Conversion:
             raise ExportError(
                 f"the quantizer {path!r} has one amax per channel, and runtimes take one per activation: set axis=None"
             )
-        if node.target is E4M3:
+        if node.target is SCALED_E4M3:
             self._check_e4m3(path, amax)
             return Float8Quantizer(self._name(path), amax)
         num_bits, unsigned, narrow_range = node.args[2:5]
@@ -253,7 +252,7 @@ class _Conversion:
         if fmt.unsigned and not self.target.unsigned:
             raise ExportError(
                 f"the quantizer {path!r} is unsigned, and {self.target.name} takes signed activations: set "
-                "unsigned=False"
+                "unsigned=False, or disable() it (Recipe(attention=False) for the products of attention)"
             )
 
     def _name(self, path: str) -> str:

@@ -17,11 +17,12 @@ KEY = "qdq"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Stored in `graph_module.meta` by `qdq.quantize`.
+    """Stored in `graph_module.meta`, by `qdq.quantize` and where a module is captured to be exported or verified.
 
     Attributes:
         contract: the inputs that the graph takes.
-        target, recipe: what it was quantized for, and how; None in a float graph.
+        target: what it was quantized or exported for; None in a float graph.
+        recipe: how `qdq.quantize` quantized it, else None.
         reduced_range: whether the weights of integer operations avoid saturation (`Target.reduce_range`).
         explanation: of every tensor.
         outputs: for every output of the model, the path of its quantizer, None where it is float.

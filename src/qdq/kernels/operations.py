@@ -57,4 +57,8 @@ fake_tensor_quant.register_autograd(
 )
 scaled_e4m3.register_autograd(lambda ctx, grad: (_straight_through(ctx, grad), None), setup_context=_keep_e4m3)
 
-__all__ = ["fake_tensor_quant", "scaled_e4m3"]
+# What nodes of captured graphs call.
+FAKE_TENSOR_QUANT = torch.ops.qdq.fake_tensor_quant.default
+SCALED_E4M3 = torch.ops.qdq.scaled_e4m3.default
+
+__all__ = ["FAKE_TENSOR_QUANT", "SCALED_E4M3", "fake_tensor_quant", "scaled_e4m3"]
