@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -219,6 +220,25 @@ def test_what_is_no_file_is_refused(here: Path, run: Any) -> None:
     result = run("migrate", "pipe.py")
     assert result.exit_code == 2
     assert "pipe.py: neither a file nor a folder" in result.stderr
+
+
+def test_pipes_and_sockets_in_a_folder_are_passed_over(here: Path, run: Any) -> None:
+    write("a.py")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("b.py")
+        result = run("migrate", ".")
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "1 file to rewrite" in result.stdout
+    for name in ("c.py", "d.ipynb"):
+        os.mkfifo(name)  # to open it waits for a writer
+    assert run("migrate", ".").stdout == result.stdout
+
+
+def test_links_that_lead_nowhere_are_named(here: Path, run: Any) -> None:
+    (here / "a.py").symlink_to("nowhere")
+    result = run("migrate", ".")
+    assert result.exit_code == 1
+    assert "a.py: No such file or directory" in result.stderr
 
 
 def test_a_failed_write_leaves_the_file(here: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`qdq migrate` on texts: what each import and use becomes, what is left and why, and that the table is true."""
+"""`qdq migrate` on texts: what each import and use becomes, and that the table is true."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import pytorch_quantization
 import qdq
 from qdq._cli.import_table import NATIVE, NOT_LOADED_BY_QDQ, SAME_ROLE, WITHOUT_NATIVE_NAME, module_of
-from qdq._cli.old_imports import Finding, migrate_text
+from qdq._cli.old_imports import migrate_text
 from qdq._cli.scopes import Names
 
 
@@ -30,13 +30,6 @@ def migrated(text: str) -> str:
     assert again.text == result.text
     assert [finding for finding in again.findings if finding.kind in ("import", "use", "note")] == []
     return result.text
-
-
-def left(text: str) -> list[Finding]:
-    """What is left, of a text that does not change."""
-    result = migrate_text(dedent(text))
-    assert result.text == dedent(text)
-    return [finding for finding in result.findings if finding.kind == "left"]
 
 
 # The table.
@@ -71,6 +64,7 @@ def test_attributes_of_the_native_package_lead_to_what_it_loads() -> None:
 
 # What imports and uses become.
 
+T = "from pytorch_quantization import tensor_quant as t\nt.tensor_quant, t.QUANT_DESC_8BIT_PER_TENSOR\n"
 CASES = {
     "aliased module": (
         "from pytorch_quantization import nn as quant_nn\nquant_nn.QuantConv2d\n",
@@ -162,6 +156,60 @@ CASES = {
             quant_nn = None
         if quant_nn is not None and not quant_nn:
             quant_nn.QuantLinear
+        """,
+    ),
+    "or None, where the uses change": (
+        "try:\n    import pytorch_quantization.nn as q\nexcept ImportError:\n    q = None\nq.Linear\n",
+        "try:\n    import qdq.nn as q\nexcept ImportError:\n    q = None\nq.QuantLinear\n",
+    ),
+    "or None with an annotation": (
+        "q: object\nif 1: from pytorch_quantization import nn as q\nelse: q: object = None\nq.Linear\n",
+        "q: object\nif 1: from qdq import nn as q\nelse: q: object = None\nq.QuantLinear\n",
+    ),
+    "or another module with the same names": (
+        "if 1: from pytorch_quantization import nn as q\nelse: import other as q\nq.QuantLinear\n",
+        "if 1: from qdq import nn as q\nelse: import other as q\nq.QuantLinear\n",
+    ),
+    "a comment after a statement that is split": (
+        "from pytorch_quantization import nn, quant_modules  # why\nquant_modules.initialize\n",
+        "from qdq import nn\nfrom qdq.nn import replacement as quant_modules  # why\nquant_modules.initialize\n",
+    ),
+    "comments around single items": (
+        """\
+        from pytorch_quantization import (  # why
+            nn,
+            quant_modules,
+            # end
+            )
+        quant_modules.initialize
+        """,
+        """\
+        from qdq import (  # why
+            nn,
+            )
+        from qdq.nn import (
+            replacement as quant_modules,
+            # end
+            )
+        quant_modules.initialize
+        """,
+    ),
+    "a comment before the closing parenthesis": (
+        """\
+        from pytorch_quantization.tensor_quant import (
+            QuantDescriptor,  # a
+            tensor_quant,
+            # end
+        )
+        """,
+        """\
+        from qdq import (
+            QuantDescriptor,  # a
+        )
+        from qdq.functional import (
+            tensor_quant,
+            # end
+        )
         """,
     ),
     "parentheses with comments": (
@@ -316,87 +364,9 @@ def test_global_statements_keep_the_name_where_it_is() -> None:
     assert migrated(before) == before.replace("pytorch_quantization", "qdq")
 
 
-# What is left, and why.
-
-T = "from pytorch_quantization import tensor_quant as t\nt.tensor_quant, t.QUANT_DESC_8BIT_PER_TENSOR\n"
-NN = "from pytorch_quantization import nn\n"
-LEFT = {
-    "from pytorch_quantization.nn import *\n": "a star import does not say which names it takes",
-    "from pytorch_quantization.nn import QuantFoo\n": "not a published name of the old package",
-    "from pytorch_quantization import __version__\n": "the version of the old interface, which only the old name has",
-    NN + "nn.QuantFoo\n": "line 2 uses pytorch_quantization.nn.QuantFoo: not a published",
-    "from pytorch_quantization.utils import quant_logging\nquant_logging.reset_logger_handler()\n": "the call can go",
-    NN + "f(nn)\n": "line 2 uses the module itself as a value",
-    NN + "if nn == None or nn.modules: pass\n": "line 2 uses the module itself as a value",
-    NN + "del nn\n": "line 2 uses the module itself as a value",
-    "import pytorch_quantization\nf(pytorch_quantization)\n": "line 2 uses the module itself as a value",
-    "import pytorch_quantization\nif pytorch_quantization: pass\n": "line 2 uses the module itself as a value",
-    NN + "nn.QuantLinear = 1\n": "line 2 assigns to or deletes an attribute of the module",
-    "class C:\n    from pytorch_quantization import nn\n": "it is an attribute of a class",
-    "from pytorch_quantization import nn as q, calib as q\n": "stands for several things",
-    "from pytorch_quantization import tensor_quant\n": "nothing here uses it, and its names live in several",
-    T + "t = None\n": "its names live in several modules of qdq, and line 3 binds t to something else",
-    "def f():\n    global t\n    " + T: "a global or nonlocal statement moves t out of its scope",
-    T + "(t . tensor_quant)\n": "line 3 writes the name with spaces or line breaks in it",
-    T + "(t\n.tensor_quant)\n": "line 3 writes the name with spaces or line breaks in it",
-    T + "def f(d: 't.QuantDescriptor'): ...\n": "a string on line 3 names t",
-    T + "__all__ = ['t']\n": "a string on line 3 names t",
-    "import pytorch_quantization\ndef f(d: 'pytorch_quantization.nn.Clip'): ...\n": "names pytorch_quantization",
-    T + "qdq = 1\n": "the name qdq is bound to something else here",
-    T + "def f(qdq): ...\n": "the name qdq is bound to something else here",
-    T + "import torch as qdq\n": "the name qdq is bound to something else here",
-    "import qdq\ndef f():\n    qdq.nn\n    " + T.replace("\n", "\n    ") + "\n": "would hide the one outside",
-    "from pytorch_quantization import (\n    tensor_quant as t,  # c\n)\n"
-    + T.partition("\n")[2]: "comments stand inside",
-    NN + "sys.modules['pytorch_quantization.nn']\n": "line 2 looks the old package up by",
-    NN + "'pytorch_quantization' in sys.modules\n": "line 2 looks the old package up by",
-    NN + "sys.modules.get('pytorch_quantization')\n": "line 2 looks the old package up by",
-    NN + "patch('pytorch_quantization.nn.Clip')\n": "line 2 looks the old package up by",
-}
-
-
-@pytest.mark.parametrize("text", LEFT)
-def test_left_with_the_reason(text: str) -> None:
-    found = left(text)
-    assert any(LEFT[text] in finding.new for finding in found), found
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="positions inside f-strings are known since 3.12")
-def test_uses_inside_f_strings_are_left() -> None:
-    assert any("line 3 is inside an f-string" in finding.new for finding in left(T + "f'{t.tensor_quant}'\n"))
-
-
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="positions inside f-strings are not known before 3.12")
 def test_uses_inside_f_strings_are_rewritten() -> None:
     assert migrated(T + "f'{t.tensor_quant}'\n").endswith("f'{qdq.functional.tensor_quant}'\n")
-
-
-def test_names_that_other_files_take_are_left() -> None:
-    result = migrate_text("from pytorch_quantization import nn as quant_nn, calib\n", taken={"quant_nn"})
-    assert result.text == "from pytorch_quantization import nn as quant_nn\nfrom qdq import calib\n"
-    assert [f.new for f in result.findings if f.kind == "left"] == ["another of the files takes this name from here"]
-
-
-def test_strings_are_named_and_do_not_stop_the_rest() -> None:
-    before = """\
-        import importlib, logging
-        from pytorch_quantization import nn
-        importlib.import_module("pytorch_quantization.calib")
-        logging.getLogger("pytorch_quantization.nn")
-        install_requires = ["pytorch_quantization"]
-        """
-    result = migrate_text(dedent(before))
-    assert result.text == dedent(before).replace("from pytorch_quantization", "from qdq")
-    assert [(f.line, f.old, f.new) for f in result.findings if f.kind == "left"] == [
-        (3, "'pytorch_quantization.calib'", "imported by a string at run time"),
-        (4, "'pytorch_quantization.nn'", "the name of a logger: those of qdq begin with qdq"),
-        (5, "'pytorch_quantization'", "a string: look at it yourself"),
-    ]
-
-
-def test_other_packages_and_relative_imports_are_not_touched() -> None:
-    text = "from .pytorch_quantization import nn\nimport pytorch_quantization_extras.nn\nfrom . import calib\n"
-    assert migrate_text(text).findings == []
 
 
 def test_every_use_is_listed() -> None:

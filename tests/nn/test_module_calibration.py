@@ -367,5 +367,6 @@ def test_load_calib_amax_inside_the_block() -> None:
 
 def test_meta_tensors_are_refused() -> None:
     model = quantize_modules(nn.Sequential(nn.Linear(4, 3)).to("meta"))
-    with pytest.raises(CalibrationError, match="tensors of the meta device have no values to calibrate with"), qdq.calibrating(model):
+    message = "tensors of the meta device have no values to calibrate with"
+    with pytest.raises(CalibrationError, match=message), qdq.calibrating(model):
         model(torch.ones(1, 4, device="meta"))

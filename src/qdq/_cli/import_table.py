@@ -122,6 +122,8 @@ WITHOUT_NATIVE_NAME: dict[str, str] = {
 }
 """Published names that stay with the old package, and why."""
 
+_PUBLISHED = frozenset({*NATIVE, *SAME_ROLE, *WITHOUT_NATIVE_NAME})
+
 
 def is_old_module(name: str) -> bool:
     """Whether the dotted name is a module of the old package."""
@@ -151,11 +153,10 @@ def is_lost(path: str, target: str, module: str, *, begins: bool = False) -> boo
         module: the native module that takes its place.
         begins: `path` is only the beginning of one.
     """
-    known = {name for table in (NATIVE, SAME_ROLE, WITHOUT_NATIVE_NAME) for name in table}
     if begins:
-        return any(_is_lost(name, target, module) for name in known if name.startswith(target + path))
+        return any(_is_lost(name, target, module) for name in _PUBLISHED if name.startswith(target + path))
     old = target + path
-    while old not in known:
+    while old not in _PUBLISHED:
         old = module_of(old)
     return old != target and _is_lost(old, target, module)
 

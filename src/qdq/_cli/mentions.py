@@ -71,7 +71,7 @@ class Mentions:
                 path, after = match[1], code.text[match.end() : match.end() + 1]
                 begins = after in ("{", "%") or (code.goes_on and not after)
                 if path and is_lost(path if begins else path.rstrip("."), begins) and not code.imports_itself(name):
-                    return f"{code.what} on line {code.line} names {name}{path}"
+                    return f"{code.what} on line {code.line} names {name}{path}{'*' if begins else ''}"
         return None
 
     def lookup(self) -> int | None:

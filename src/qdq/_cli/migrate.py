@@ -116,7 +116,7 @@ def _migrate_file(
     remaining = migration
     if migration.text != source.text:
         for line in _diff(source, migration):
-            console.print(line, markup=False, soft_wrap=True, style=_COLOURS.get(line[0]))
+            console.print(line, markup=False, highlight=False, soft_wrap=True, style=_COLOURS.get(line[0]))
         if not write or _write(source, migration, outcome):
             outcome.changed += 1
             outcome.imports += sum(finding.kind == "import" for finding in migration.findings)
@@ -150,7 +150,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(outcome: _Outcome, what: Path | str, reason: str, code: int = FAILED) -> None:

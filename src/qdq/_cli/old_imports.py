@@ -201,9 +201,7 @@ class _File:
             return isinstance(parent.op, ast.Not)
         return isinstance(parent, (ast.If, ast.While, ast.IfExp, ast.Assert)) and parent.test is node
 
-    def _keep_name(
-        self, key: tuple[Scope, str], group: list[BoundImport], uses: list[_Use], module: str
-    ) -> bool:
+    def _keep_name(self, key: tuple[Scope, str], group: list[BoundImport], uses: list[_Use], module: str) -> bool:
         """The bound name comes to mean a native module, where one module has all that is used."""
         name, target = key[1], _target(group[0]) or ""
         renamed = any(isinstance(bound.statement, ast.Import) and not bound.alias.asname for bound in group)
@@ -229,15 +227,14 @@ class _File:
     def _check_changes(
         self, key: tuple[Scope, str], group: list[BoundImport], changed: Iterable[_Use], target: str, module: str
     ) -> None:
-        """Refuses changes after the name of a module that are not safe, whatever the uses become."""
+        """Refuses uses that cannot change together with the import, and texts that would no longer be true."""
+        others = [node for node in self._other_bindings(key, group) if not self._binds_none(node)]
         for use in changed:
             why = self._unwritable(use, target)
             if why:
                 raise _Left(f"line {use.node.lineno} {why}")
-            others = [node for node in self._other_bindings(key, group) if not self._binds_none(node)]
             if others:
                 raise _Left(f"line {_line(others[0])} binds {key[1]} to something else, and {use.old} has another name")
-            break
         mention = self.mentions.of_lost_attribute(
             key[1], lambda path, begins: is_lost(path, target, module, begins=begins)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 import warnings
 from collections import defaultdict
@@ -144,10 +145,16 @@ class SourceText:
         # The rest of a line belongs to the item before it, the lines that follow to the item after it.
         rests, leads = zip(*(_split_after_line(gap) for gap in gaps), strict=True)
         first = rests[0] if items[0][0] == 0 else ""
-        # Lines of comments before the closing parenthesis go with the last item.
-        last = leads[-1] if items[-1][0] == len(node.names) - 1 else leads[-1].splitlines(keepends=True)[-1:]
-        used = first + "".join(leads[index] + rests[index + 1] for index, _ in items)
-        XXX
+        # Of the lines after the last item, the other statements get only the indentation of the parenthesis.
+        end = leads[-1] if items[-1][0] == len(node.names) - 1 else re.split(r"[\r\n]", leads[-1])[-1]
+        body = "".join(leads[index] + text + rests[index + 1] for index, text in items)
+        if len(items) == 1 and "#" not in first + body + end:
+            return head + texts[0]
+        if not body.endswith(("\n", "\r")):
+            return f"{head}({first}{body.rstrip(', ')})"
+        if items[0][0] != 0 and rests[0]:
+            first = self._newline(node)
+        return f"{head}({first}{body}{end})"
 
     def _parentheses(self, node: ast.ImportFrom) -> tuple[int | None, int | None]:
         tokens = self._tokens(node)
