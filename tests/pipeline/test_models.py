@@ -120,7 +120,7 @@ def test_one_sample_is_enough_to_capture_a_dynamic_batch() -> None:
 NAMES = {
     "CalibrationError", "CaptureError", "DataError", "Explanation", "ExportError", "Fidelity", "Override", "QdqError",
     "QuantDescriptor", "Recipe", "RecipeError", "RuntimeMissingError", "Speed", "Target", "TensorQuantizer",
-    "benchmark", "calib", "explain", "export_onnx", "functional", "nn", "quantize", "verify",
+    "benchmark", "calib", "calibrating", "explain", "export_onnx", "functional", "nn", "quantize", "verify",
 }  # fmt: skip
 
 
