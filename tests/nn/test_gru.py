@@ -70,3 +70,9 @@ def test_layer_equals_the_equations(amax: float | None) -> None:
 def test_projections_are_refused_as_torch_does() -> None:
     with pytest.raises(TypeError, match="Unused keys: proj_size"):
         QuantGRU(4, 6, proj_size=0)
+
+
+def test_states_of_an_lstm_are_refused() -> None:
+    h = torch.zeros(1, 2, 3)
+    with pytest.raises(TypeError, match="QuantGRU: hx must be a tensor, got tuple"):
+        QuantGRU(4, 3)(torch.zeros(5, 2, 4), (h, h))

@@ -191,13 +191,17 @@ def store_constants(graph_module: fx.GraphModule, coded: dict[fx.Node, Any], tar
     if clips_codes(target):
         _keep_float_weights(graph_module, coded)
     weights: dict[tuple[fx.Node, fx.Node], CodedConstant] = {}
+    safe: dict[int, CodedConstant] = {}  # by the weight before: the time steps of a recurrent layer share theirs
     names: set[str] = set()
     for node in list(graph_module.graph.nodes):
         layer = _integer_layer(graph_module, node, coded, target)
         if layer is None:
             continue
         if reduced and layer.source.hi > 127 and not is_depthwise(node):
-            layer.weight = _without_saturation(layer)
+            before = id(layer.weight)
+            if before not in safe:
+                safe[before] = _without_saturation(layer.weight)
+            layer.weight = safe[before]
         if target.integer_bias:
             _store_bias(graph_module, layer, names)
         weights[node, node.args[1]] = layer.weight  # type: ignore[index]
@@ -231,9 +235,8 @@ def _integer_layer(
     return _Layer(node, weight, source)
 
 
-def _without_saturation(layer: _Layer) -> CodedConstant:
+def _without_saturation(weight: CodedConstant) -> CodedConstant:
     """The weight with larger step sizes and smaller codes, where two of its products could exceed 16 bits."""
-    weight = layer.weight
     codes = weight.codes.to(torch.int16)
     if weight.codes.dtype == torch.uint8 or torch.equal(shrink_pairs(codes, 0), codes):
         return weight

@@ -210,7 +210,8 @@ class _Conversion:
         _check_axes(path, amax)
         if amax.numel() > 1:
             raise ExportError(
-                f"the quantizer {path!r} has one amax per channel, and runtimes take one per activation: set axis=None"
+                f"the quantizer {path!r} has one amax per channel, and runtimes take one per activation: set axis=None "
+                "(a weight that changes while the model runs counts as one: set max_norm=None of an embedding)"
             )
         if node.target is SCALED_E4M3:
             self._check_e4m3(path, amax)

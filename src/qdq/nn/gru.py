@@ -71,10 +71,13 @@ class QuantGRU(QuantRecurrent):
             The hidden states of the last layer in the form of `input`, and h after the last step.
 
         Raises:
+            TypeError: `hx` is not a tensor.
             RuntimeError: an input that is not 3-d, without a time step or with another number of features; an `hx` of
                 another shape.
             ValueError: an input or `hx` of another dtype than the weights.
         """
+        if hx is not None and not isinstance(hx, Tensor):
+            raise TypeError(f"{type(self).__name__}: hx must be a tensor, got {type(hx).__name__}")
         output, (h,) = self._evaluate(input, None if hx is None else (hx,), num_states=1)
         return output, h
 
