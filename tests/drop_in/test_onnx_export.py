@@ -279,7 +279,7 @@ def test_readiness_is_asked_in_the_block_only() -> None:
     e4m3(x)
 
 
-def test_the_block_is_undone_on_an_exception_of_any_kind() -> None:
+def test_defect_enable_onnx_export_outlived_an_exception() -> None:
     for error in (KeyError("foreign"), AssertionError("foreign"), torch.onnx.OnnxExporterError("foreign")):
         with pytest.raises(type(error), match="foreign"), pytorch_quantization.enable_onnx_export():
             raise error
