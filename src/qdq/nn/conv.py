@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.conv import Conv1d, Conv2d, Conv3d, _ConvNd
 
 from ..descriptor import (
@@ -18,21 +18,8 @@ from .quantized_module import QuantMixin, pop_quant_desc_in_kwargs
 _Size = int | tuple[int, ...]
 
 
-class QuantConvNd(_ConvNd, QuantMixin):
-    """What the quantized convolutions share; also a base for convolutions of one's own.
-
-    The input is quantized first and padded after it. Zero is a code of every symmetric quantizer and the other
-    padding modes repeat values of the input, so padding never leaves the codes, and it does not change amax.
-
-    Args:
-        in_channels ... padding_mode: as `torch.nn.modules.conv._ConvNd`, in its order; tuples, not numbers.
-        quant_desc_input: how to quantize the input.
-        quant_desc_weight: how to quantize the weight.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: a descriptor with `fake_quant=False`.
-    """
+class ConvConstructor(QuantMixin, nn.Module):
+    """The constructor of both kinds of convolution, for bases that name it before `torch.nn`'s private one."""
 
     def __init__(
         self,
@@ -53,10 +40,25 @@ class QuantConvNd(_ConvNd, QuantMixin):
         dtype: Any = None,
     ) -> None:
         sizes = (kernel_size, stride, padding, dilation, transposed, output_padding)
-        _ConvNd.__init__(
-            self, in_channels, out_channels, *sizes, groups, bias, padding_mode, device=device, dtype=dtype
-        )
+        super().__init__(in_channels, out_channels, *sizes, groups, bias, padding_mode, device=device, dtype=dtype)
         self.init_quantizer(quant_desc_input, quant_desc_weight)
+
+
+class QuantConvNd(ConvConstructor, _ConvNd):
+    """What the quantized convolutions share; also a base for convolutions of one's own.
+
+    The input is quantized first and padded after it. Zero is a code of every symmetric quantizer and the other
+    padding modes repeat values of the input, so padding never leaves the codes, and it does not change amax.
+
+    Args:
+        in_channels ... padding_mode: as `torch.nn.modules.conv._ConvNd`, in its order; tuples, not numbers.
+        quant_desc_input: how to quantize the input.
+        quant_desc_weight: how to quantize the weight.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a descriptor with `fake_quant=False`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of the quantized, then padded, input with the quantized weight."""

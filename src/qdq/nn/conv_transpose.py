@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd
 
 from ..descriptor import QuantDescriptor
-from .quantized_module import QuantMixin, pop_quant_desc_in_kwargs
+from .conv import ConvConstructor
+from .quantized_module import pop_quant_desc_in_kwargs
 
 # A transposed convolution's weight is (in, out / groups, ...): its output channels are on axis 1. The predefined
 # descriptors QUANT_DESC_8BIT_CONVTRANSPOSE*_WEIGHT_PER_CHANNEL keep the published axis 0, which is less accurate.
@@ -19,7 +20,7 @@ _Size = int | tuple[int, ...]
 _FUNCTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-class QuantConvTransposeNd(_ConvTransposeNd, QuantMixin):
+class QuantConvTransposeNd(ConvConstructor, _ConvTransposeNd):
     """What the quantized transposed convolutions share; also a base for ones of one's own.
 
     Args:
@@ -33,30 +34,6 @@ class QuantConvTransposeNd(_ConvTransposeNd, QuantMixin):
     """
 
     default_quant_desc_weight = _PER_OUTPUT_CHANNEL
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, ...],
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        transposed: bool,
-        output_padding: tuple[int, ...],
-        groups: int,
-        bias: bool,
-        padding_mode: Any,
-        quant_desc_input: QuantDescriptor,
-        quant_desc_weight: QuantDescriptor,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        sizes = (kernel_size, stride, padding, dilation, transposed, output_padding)
-        _ConvTransposeNd.__init__(
-            self, in_channels, out_channels, *sizes, groups, bias, padding_mode, device=device, dtype=dtype
-        )
-        self.init_quantizer(quant_desc_input, quant_desc_weight)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution of the quantized input with the quantized weight.
