@@ -277,14 +277,24 @@ def migrate(
 
 @app.command()
 @guarded
-def doctor(debug: _Debug = False) -> None:
-    """Say what this machine and this environment can do. Exits with 1 if `qdq quantize` could not finish here."""
-    from qdq._cli.diagnosis import diagnose
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Say what this machine and this environment can do, and whether int8 will be faster than float here.
 
-    findings = diagnose()
-    show.findings(_console(), findings)
-    if any(finding.level == "missing" for finding in findings):
-        raise CommandError("packages that `qdq quantize` needs are missing: pip install 'qdq[onnx]'")
+    Exits with 0 unless QDQ_ENGINE names an engine that cannot run.
+    """
+    from qdq._cli import doctor as report
+    from qdq.analysis import environment, int8_speed
+
+    found = environment.collect()
+    speeds = int8_speed.expectations(found)
+    if as_json:
+        typer.echo(report.as_json(found, speeds))
+    else:
+        report.show(_console(), found, speeds)
+    report.check_engine(found)
 
 
 def _options(

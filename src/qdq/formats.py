@@ -1,4 +1,4 @@
-"""What a code can be: integers of n bits and the 8-bit and 4-bit floating-point formats, as data."""
+"""What a code can be: integers of n bits, the 8-bit and 4-bit floating-point formats, and block scales, as data."""
 
 from __future__ import annotations
 
@@ -84,9 +84,39 @@ class FloatFormat:
         return 1 + self.exponent_bits + self.mantissa_bits
 
 
+@dataclass(frozen=True)
+class ScaleFormat:
+    """An exponent-only format of block scales: the powers of two from ``2**min_exponent`` to ``2**max_exponent``.
+
+    It has no sign, no zero and no infinity; one code is NaN.
+    """
+
+    name: str
+    exponent_bits: int
+    min_exponent: int
+    max_exponent: int
+
+    @property
+    def num_bits(self) -> int:
+        """Width of a code."""
+        return self.exponent_bits
+
+    @property
+    def min_value(self) -> float:
+        """The smallest scale."""
+        return 2.0**self.min_exponent
+
+    @property
+    def max_value(self) -> float:
+        """The largest scale."""
+        return 2.0**self.max_exponent
+
+
 # OCP 8-bit Floating Point Specification (OFP8), revision 1.0, and OCP Microscaling Formats (MX), version 1.0.
 E4M3 = FloatFormat("E4M3", exponent_bits=4, mantissa_bits=3, max_value=448.0, min_exponent=-6)
 E5M2 = FloatFormat("E5M2", exponent_bits=5, mantissa_bits=2, max_value=57344.0, min_exponent=-14)
 E2M1 = FloatFormat("E2M1", exponent_bits=2, mantissa_bits=1, max_value=6.0, min_exponent=0)
+# OCP Microscaling Formats (MX), version 1.0: code c is 2**(c - 127), and 255 is NaN.
+E8M0 = ScaleFormat("E8M0", exponent_bits=8, min_exponent=-127, max_exponent=127)
 
-__all__ = ["E2M1", "E4M3", "E5M2", "FloatFormat", "IntFormat"]
+__all__ = ["E2M1", "E4M3", "E5M2", "E8M0", "FloatFormat", "IntFormat", "ScaleFormat"]

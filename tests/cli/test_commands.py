@@ -212,28 +212,6 @@ def test_demo_without_scikit_learn(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     fails(run("demo"), 1, "needs scikit-learn", "pip install 'qdq[demo]'")
 
 
-def test_doctor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("doctor")
-    assert result.exit_code == 0, result.output
-    for subject in ("torch", "processor", "onnxruntime", "kernels", "openvino"):
-        assert subject in result.stdout
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    result = run("doctor")
-    fails(result, 1, "pip install 'qdq[onnx]'")
-    assert "missing" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("saturates", "text"),
-    [(True, "saturate at 16 bits"), (False, "8-bit products are exact"), (None, "unknown whether")],
-)
-def test_doctor_on_other_processors(
-    run: Any, monkeypatch: pytest.MonkeyPatch, saturates: bool | None, text: str
-) -> None:
-    monkeypatch.setattr("qdq.cpuinfo.saturates_u8s8", lambda: saturates)
-    assert text in " ".join(run("doctor").stdout.split())
-
-
 def test_scores_by_name(user: Any, deployed: Deployed) -> None:
     from .user_code import by_name
 

@@ -11,10 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from qdq._cli.diagnosis import Finding
     from qdq._cli.onnx_survey import QuantizedTensor, Survey
-
-_COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
 
 
 def step(console: Console, name: str, text: str) -> None:
@@ -45,15 +42,6 @@ def scores(console: Console, values: Mapping[str, float]) -> None:
     for name, value in values.items():
         table.add_row(escape(name), f"{value:.6g}")
     console.print(table)
-
-
-def findings(console: Console, found: Iterable[Finding]) -> None:
-    """The report of `qdq doctor`."""
-    for finding in found:
-        colour = _COLOURS[finding.level]
-        console.print(
-            f"[{colour}]{finding.level:8}[/{colour}] {finding.subject:13} {escape(finding.text)}", soft_wrap=True
-        )
 
 
 def survey(console: Console, found: Survey) -> None:

@@ -10,27 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.reference import bin_index, comparable
 from .calibrator import Calibrator
 from .solvers import entropy_amax, mse_amax, percentile_amax
 
 _CHUNK = 1 << 18
 _MOST_BINS = 1 << 22
-
-
-def comparable(values: Tensor) -> Tensor:
-    """``values`` in the dtype that they are compared with edges in: float64 on a CPU, else float32 or float64."""
-    if values.device.type == "cpu":
-        return values.to(torch.float64)
-    return values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)
-
-
-def bin_index(values: Tensor, width: Tensor | float) -> Tensor:
-    """The int64 k with ``k * width <= values < (k + 1) * width``, for values of at least 0 and positive widths."""
-    index = torch.floor(values / width)
-    # The quotient may round across an edge: compare with the edges on both sides.
-    index -= (index * width > values).to(index.dtype)
-    index += ((index + 1) * width <= values).to(index.dtype)
-    return index.to(torch.int64)
 
 
 class HistogramCalibrator(Calibrator):

@@ -14,6 +14,12 @@ from torch import Tensor
 from ..formats import IntFormat
 from .reference import TINY_AMAX, compute_dtype, symmetric_scale
 
+# What the compiled kernels say too, as they read every value anyway.
+NEGATIVE_AMAX = "Negative values in amax: it is the largest absolute value, so it must be 0 or positive"
+NEGATIVE_INPUT = "Negative values encountered in unsigned quantization: use a signed format or clip the inputs at 0"
+STEP_SIZE_NOT_POSITIVE = "step_size must be positive; qdq.kernels.reference.affine_parameters computes one from a range"
+UNORDERED_RANGE = "min_range must not exceed max_range"
+
 
 def is_tracing() -> bool:
     """True while TorchScript traces."""
@@ -45,15 +51,13 @@ def _refuse_if(bad: Callable[[], Tensor], device: torch.device, message: str, er
 def check_amax(amax: Tensor) -> None:
     """Raises ``ValueError`` where any amax is negative. NaN passes: it marks its values."""
     if not unreadable(amax):
-        message = "Negative values in amax: it is the largest absolute value, so it must be 0 or positive"
-        _refuse_if(lambda: amax < 0, amax.device, message, lambda: ValueError(message))
+        _refuse_if(lambda: amax < 0, amax.device, NEGATIVE_AMAX, lambda: ValueError(NEGATIVE_AMAX))
 
 
 def check_unsigned(inputs: Tensor) -> None:
     """Raises ``TypeError`` where an input of unsigned quantization is negative."""
     if not unreadable(inputs):
-        message = "Negative values encountered in unsigned quantization: use a signed format or clip the inputs at 0"
-        _refuse_if(lambda: inputs < 0, inputs.device, message, lambda: TypeError(message))
+        _refuse_if(lambda: inputs < 0, inputs.device, NEGATIVE_INPUT, lambda: TypeError(NEGATIVE_INPUT))
 
 
 def check_float16_scale(amax: Tensor, fmt: IntFormat) -> None:
@@ -75,12 +79,10 @@ def check_float16_scale(amax: Tensor, fmt: IntFormat) -> None:
 def check_step_size(step_size: Tensor) -> None:
     """Raises ``ValueError`` where a step size is 0 or negative. NaN passes: it marks its values."""
     if not unreadable(step_size):
-        message = "step_size must be positive; qdq.kernels.reference.affine_parameters computes one from a range"
-        _refuse_if(lambda: step_size <= 0, step_size.device, message, lambda: ValueError(message))
+        _refuse_if(lambda: step_size <= 0, step_size.device, STEP_SIZE_NOT_POSITIVE, lambda: ValueError(STEP_SIZE_NOT_POSITIVE))
 
 
 def check_range(min_range: Tensor, max_range: Tensor) -> None:
     """Raises ``ValueError`` where ``min_range`` exceeds ``max_range``."""
     if not unreadable(min_range) and not unreadable(max_range):
-        message = "min_range must not exceed max_range"
-        _refuse_if(lambda: min_range > max_range, min_range.device, message, lambda: ValueError(message))
+        _refuse_if(lambda: min_range > max_range, min_range.device, UNORDERED_RANGE, lambda: ValueError(UNORDERED_RANGE))

@@ -1,0 +1,211 @@
+// The elementwise operations. Each is the formula of src/qdq/kernels/reference, in the same order of roundings.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "elementwise.h"
+
+namespace {
+
+template <class C>
+constexpr C kInfinity = std::numeric_limits<C>::infinity();
+template <class C>
+constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
+template <class C>
+constexpr C kTinyAmax = static_cast<C>(0x1p-24);
+
+inline float round_even(float x) { return __builtin_rintf(x); }
+inline double round_even(double x) { return __builtin_rint(x); }
+
+// NaN stays.
+template <class C>
+inline C clamp(C x, C lo, C hi) {
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
+}
+
+// bound / amax; 1 where amax counts as zero, NaN where it is NaN or infinite.
+template <class C>
+inline C symmetric_scale(C amax, C bound) {
+    if (amax <= kTinyAmax<C>) return C(1);
+    return amax == kInfinity<C> ? kNaN<C> : bound / amax;
+}
+
+template <class C, bool unsigned_>
+struct SymmetricFake {
+    static constexpr bool kSecond = false, kRefusesNegative = unsigned_;
+    const C* amax;
+    C lo, bound;
+
+    void parameters(int64_t p, C* out) const {
+        out[0] = symmetric_scale(amax[p], bound);
+        // A code over infinity is 0, and NaN stays NaN: what a zero amax asks for.
+        out[1] = amax[p] <= kTinyAmax<C> ? kInfinity<C> : out[0];
+    }
+    C apply(C x, C, C scale, C divisor, C) const { return clamp(round_even(x * scale), lo, bound) / divisor; }
+};
+
+template <class C, bool unsigned_>
+struct SymmetricCodes {
+    static constexpr bool kSecond = false, kRefusesNegative = unsigned_;
+    const C* amax;
+    C lo, bound;
+
+    void parameters(int64_t p, C* out) const {
+        out[0] = symmetric_scale(amax[p], bound);
+        out[1] = amax[p] <= kTinyAmax<C> ? C(0) : std::isinf(amax[p]) ? kNaN<C> : C(1);
+    }
+    C apply(C x, C, C scale, C factor, C) const { return clamp(round_even(x * scale), lo, bound) * factor; }
+};
+
+template <class C>
+struct AffineFake {
+    static constexpr bool kSecond = false, kRefusesNegative = false;
+    const C *step, *zero;
+    C lo, hi;
+
+    void parameters(int64_t p, C* out) const {
+        out[0] = step[p];
+        out[1] = zero[p];
+    }
+    C apply(C x, C, C step_size, C zero_point, C) const {
+        return (clamp(round_even(x / step_size) + zero_point, lo, hi) - zero_point) * step_size;
+    }
+};
+
+template <class C>
+struct AffineCodes {
+    static constexpr bool kSecond = false, kRefusesNegative = false;
+    const C *step, *zero;
+    C lo, hi;
+
+    void parameters(int64_t p, C* out) const {
+        out[0] = step[p];
+        out[1] = zero[p];
+    }
+    C apply(C x, C, C step_size, C zero_point, C) const {
+        return clamp(round_even(x / step_size) + zero_point, lo, hi);
+    }
+};
+
+template <class C>
+struct RangeFake {
+    static constexpr bool kSecond = false, kRefusesNegative = false;
+    const C *low, *high;
+    C half;
+
+    void parameters(int64_t p, C* out) const {
+        const C width = high[p] - low[p];
+        const C step = width == 0 ? C(1) : width / (2 * half - 1);
+        out[0] = step;
+        out[1] = round_even(low[p] / step) + half;
+        // A zero-width range has one value. NaN + anything is NaN, and NaN is what says that there is a width.
+        out[2] = width == 0 ? low[p] : kNaN<C>;
+    }
+    C apply(C x, C, C step, C zero, C only) const {
+        const C value = (clamp(round_even(x / step) - zero, -half, half - 1) + zero) * step;
+        const C constant = only + clamp(x, C(0), C(0));
+        return only == only ? constant : value;
+    }
+};
+
+struct FloatBits {
+    using Int = int32_t;
+    static constexpr int kShift = 23, kBias = 127, kMask = 0xFF;
+};
+struct DoubleBits {
+    using Int = int64_t;
+    static constexpr int kShift = 52, kBias = 1023, kMask = 0x7FF;
+};
+
+template <class C>
+struct FloatFormatRounding {
+    static constexpr bool kSecond = false, kRefusesNegative = false;
+    using Bits = std::conditional_t<std::is_same_v<C, float>, FloatBits, DoubleBits>;
+    using Int = typename Bits::Int;
+    const C* amax;
+    bool scaled, tiny_is_zero;
+    Int mantissa_bits, min_exponent;
+    C largest;
+
+    static C from_bits(Int bits) {
+        C value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    static Int to_bits(C value) {
+        Int bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        return bits;
+    }
+
+    void parameters(int64_t p, C* out) const {
+        if (!scaled) {
+            out[0] = out[1] = C(1);
+            return;
+        }
+        out[0] = symmetric_scale(amax[p], largest);
+        out[1] = amax[p] <= kTinyAmax<C> ? kInfinity<C> : out[0];
+    }
+    C rounded(C x) const {
+        x = clamp(x, -largest, largest);
+        Int exponent = ((to_bits(x) >> Bits::kShift) & Bits::kMask) - Bits::kBias;
+        exponent = exponent < min_exponent ? min_exponent : exponent;
+        const Int spacing = exponent - mantissa_bits;
+        // Powers of two, far from the ends of the exponent's range: both products are exact. The exponent of NaN may
+        // be out of it, which leaves NaN.
+        const C quantum = from_bits((spacing + Bits::kBias) << Bits::kShift);
+        const C inverse = from_bits((Bits::kBias - spacing) << Bits::kShift);
+        return x == x ? round_even(x * inverse) * quantum : x;
+    }
+    C apply(C x, C, C scale, C divisor, C) const {
+        // Without a scale both are 1, which changes nothing.
+        const C value = rounded(x * scale) / divisor;
+        return (std::fabs(x) < kTinyAmax<C>) & tiny_is_zero ? C(0) : value;
+    }
+};
+
+template <class C>
+struct PowerOfTwo {
+    static constexpr bool kSecond = false, kRefusesNegative = false;
+    using Format = FloatFormatRounding<C>;
+    using Int = typename Format::Int;
+
+    void parameters(int64_t, C*) const {}
+    C apply(C x, C, C, C, C) const {
+        // Half of the significand's range added, the exponent alone kept: half way and above goes up.
+        const Int half = Int{1} << (Format::Bits::kShift - 1);
+        const Int exponent = static_cast<Int>(Format::Bits::kMask) << Format::Bits::kShift;
+        const C normal = Format::from_bits((Format::to_bits(x) + half) & exponent);
+        // 2**-127 is subnormal in float32; what lies between it and its neighbour goes up.
+        C result = x < C(0x1p-126) ? C(0x1p-126) : normal;
+        result = x <= C(0x1p-127) ? C(0x1p-127) : result;
+        return (x >= C(0)) & (x < C(0x1.8p127)) ? result : kNaN<C>;
+    }
+};
+
+template <class C>
+struct SymmetricGradient {
+    static constexpr bool kSecond = true, kRefusesNegative = false;
+    const C* amax;
+
+    void parameters(int64_t p, C* out) const { out[0] = amax[p]; }
+    C apply(C x, C grad, C limit, C, C) const { return std::fabs(x) <= limit ? grad : C(0); }
+};
+
+template <class C>
+struct AffineGradient {
+    static constexpr bool kSecond = true, kRefusesNegative = false;
+    const C *step, *zero;
+    C lo, hi;
+
+    void parameters(int64_t p, C* out) const {
+        out[0] = (lo - zero[p]) * step[p];
+        out[1] = (hi - zero[p]) * step[p];
+    }
+    C apply(C x, C grad, C low, C high, C) const { return (x >= low) & (x <= high) ? grad : C(0); }
+};
+
+}  // namespace

@@ -1,0 +1,416 @@
+"""The CPU engine: the functions of :mod:`qdq.kernels.reference`, computed by the compiled kernels.
+
+Each function reads its tensors once and writes its result once, in the order of memory, on the threads of PyTorch.
+Results are those of the reference, bit for bit in float32 and float64; 16-bit inputs are computed in float32 and cast
+once. Unlike the reference, the functions refuse bad values (a negative amax, ...), as they read them anyway.
+
+Inputs are plain tensors on the CPU, as :func:`qdq.kernels.engine.for_tensor` makes sure; no gradient is recorded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import FloatFormat, IntFormat
+from . import checks, reference
+from .layout import Layout, block_layout, broadcast_layout, is_dense, per_tensor
+from .native import DTYPES, NEGATIVE_INPUT, NEGATIVE_PARAMETER, NO_MEMORY, UNORDERED_RANGE, library
+from .reference import check_broadcast, compute_dtype, expand_blocks
+
+_kernels: Any = library().functions
+_threads = torch.get_num_threads
+
+
+def _refuse(status: int, parameter: str) -> None:
+    if status & NEGATIVE_PARAMETER:
+        raise ValueError(checks.NEGATIVE_AMAX if parameter == "amax" else checks.STEP_SIZE_NOT_POSITIVE)
+    if status & NEGATIVE_INPUT:
+        raise TypeError(checks.NEGATIVE_INPUT)
+    if status & UNORDERED_RANGE:
+        raise ValueError(checks.UNORDERED_RANGE)
+    if status & NO_MEMORY:
+        raise MemoryError("the compiled kernels found no memory for the parameters")
+
+
+def _dense_source(inputs: Tensor, out: Tensor) -> Tensor:
+    """``inputs``, or a copy of it in ``out``, which is then computed in place, where it has gaps or repetitions."""
+    # Of a negative view (the imaginary part of a conjugate), memory holds the negated values.
+    if not inputs.is_neg() and is_dense(inputs):
+        return inputs
+    return out.copy_(inputs.detach())
+
+
+def _values(parameter: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter's values, computed with on the CPU."""
+    if parameter.dtype is not dtype or not parameter.is_cpu or parameter.is_neg():
+        parameter = parameter.detach().to(like.device, dtype).resolve_neg()
+    return parameter
+
+
+def _placed(x: Tensor, names: str, block_size: int | None, *parameters: Tensor) -> tuple[Layout, list[Tensor]]:
+    """The layout that dense ``x`` has with its parameters, and these in the order of memory."""
+    if all(parameter.numel() == 1 for parameter in parameters):
+        return per_tensor(x.numel()), list(parameters)
+    fitted = [expand_blocks(x, p, block_size, name) for p, name in zip(parameters, names.split(), strict=True)]
+    if block_size is not None:
+        placed = [block_layout(x, p, block_size) for p in parameters]
+    else:
+        shape = torch.broadcast_shapes(*(p.shape for p in fitted))
+        placed = [broadcast_layout(x, p.expand(shape)) for p in fitted]
+    layout = max((layout for layout, _ in placed), key=lambda found: found.count)
+    return layout, [p.expand(layout.count).contiguous() if p.numel() == 1 else p for _, p in placed]
+
+
+def _blocks_apart(function: Any, inputs: Tensor, *arguments: Any) -> Tensor:
+    """``function`` of a contiguous copy, for blocks of tensors whose last axis is not the fastest in memory."""
+    result = function(inputs.contiguous(), *arguments)
+    return torch.empty_like(inputs, dtype=result.dtype).copy_(result)
+
+
+def _needs_rows(inputs: Tensor, block_size: int | None) -> bool:
+    return block_size is not None and not inputs.is_contiguous()
+
+
+def symmetric_quantize(
+    inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`qdq.kernels.reference.symmetric_quantize`."""
+    if fmt.degenerate:
+        return reference.symmetric_quantize(inputs, amax, fmt, block_size)
+    codes = _symmetric(1, inputs, amax, fmt, block_size)
+    wide = amax.detach().to(compute_dtype(inputs.dtype))
+    return codes, reference.symmetric_scale(wide, fmt.bound).to(inputs.dtype)
+
+
+def symmetric_fake_quantize(inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None = None) -> Tensor:
+    """:func:`qdq.kernels.reference.symmetric_fake_quantize`."""
+    if fmt.degenerate:
+        return reference.symmetric_fake_quantize(inputs, amax, fmt, block_size)
+    return _symmetric(0, inputs, amax, fmt, block_size)
+
+
+def _symmetric(codes: int, inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None) -> Tensor:
+    if _needs_rows(inputs, block_size):
+        return _blocks_apart(lambda x: _symmetric(codes, x, amax, fmt, block_size), inputs)
+    dtype = inputs.dtype
+    out = torch.empty_like(inputs)
+    source = inputs if inputs.is_contiguous() and not inputs.is_neg() else _dense_source(inputs, out)
+    amax = _values(amax, inputs, compute_dtype(dtype))
+    n = inputs.numel()
+    if amax.numel() == 1:
+        layout = (n, n, n, 1)
+    else:
+        layout, (amax,) = _placed(out, "amax", block_size, amax)
+    status = _kernels.qdq_symmetric(
+        DTYPES[dtype],
+        codes,
+        source.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        amax.data_ptr(),
+        fmt.lo,
+        fmt.hi,
+        _threads(),
+    )
+    if status:
+        _refuse(status, "amax")
+    return out
+
+
+def affine_quantize(
+    inputs: Tensor, step_size: Tensor, zero_point: Tensor, lo: int, hi: int, block_size: int | None = None
+) -> Tensor:
+    """:func:`qdq.kernels.reference.affine_quantize`."""
+    return _affine(1, inputs, step_size, zero_point, lo, hi, block_size)
+
+
+def affine_fake_quantize(
+    inputs: Tensor, step_size: Tensor, zero_point: Tensor, lo: int, hi: int, block_size: int | None = None
+) -> Tensor:
+    """:func:`qdq.kernels.reference.affine_fake_quantize`."""
+    return _affine(0, inputs, step_size, zero_point, lo, hi, block_size)
+
+
+def _affine(
+    codes: int, inputs: Tensor, step_size: Tensor, zero_point: Tensor, lo: int, hi: int, block_size: int | None
+) -> Tensor:
+    if _needs_rows(inputs, block_size):
+        return _blocks_apart(lambda x: _affine(codes, x, step_size, zero_point, lo, hi, block_size), inputs)
+    dtype = inputs.dtype
+    compute = compute_dtype(dtype)
+    out = torch.empty_like(inputs)
+    source = inputs if inputs.is_contiguous() and not inputs.is_neg() else _dense_source(inputs, out)
+    if codes and dtype is not compute:
+        out = torch.empty_like(inputs, dtype=compute)
+    step, zero = _values(step_size, inputs, compute), _values(zero_point, inputs, compute)
+    n = inputs.numel()
+    if step.numel() == 1 and zero.numel() == 1:
+        layout = (n, n, n, 1)
+    else:
+        layout, (step, zero) = _placed(out, "step_size zero_point", block_size, step, zero)
+    status = _kernels.qdq_affine(
+        DTYPES[dtype],
+        codes,
+        source.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        step.data_ptr(),
+        zero.data_ptr(),
+        lo,
+        hi,
+        _threads(),
+    )
+    if status:
+        _refuse(status, "step_size")
+    return out
+
+
+def range_fake_quantize(inputs: Tensor, min_range: Tensor, max_range: Tensor, num_bits: int) -> Tensor:
+    """:func:`qdq.kernels.reference.range_fake_quantize`."""
+    compute = compute_dtype(inputs.dtype)
+    out = torch.empty_like(inputs)
+    source = _dense_source(inputs, out)
+    low, high = _values(min_range, inputs, compute), _values(max_range, inputs, compute)
+    layout, (low, high) = _placed(out, "min_range max_range", None, low, high)
+    status = _kernels.qdq_range(
+        DTYPES[inputs.dtype],
+        source.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        low.data_ptr(),
+        high.data_ptr(),
+        num_bits,
+        _threads(),
+    )
+    if status:
+        _refuse(status, "range")
+    return out
+
+
+def round_to_float_format(x: Tensor, fmt: FloatFormat) -> Tensor:
+    """:func:`qdq.kernels.reference.round_to_float_format`."""
+    return scaled_float_fake_quantize(x, None, fmt, unscaled=True)
+
+
+def round_to_e8m0(x: Tensor) -> Tensor:
+    """:func:`qdq.kernels.reference.round_to_e8m0`."""
+    compute_dtype(x.dtype)
+    out = torch.empty_like(x)
+    source = _dense_source(x, out)
+    _kernels.qdq_e8m0(DTYPES[x.dtype], source.data_ptr(), out.data_ptr(), x.numel(), _threads())
+    return out
+
+
+def scaled_float_fake_quantize(
+    inputs: Tensor, amax: Tensor | None, fmt: FloatFormat, block_size: int | None = None, *, unscaled: bool = False
+) -> Tensor:
+    """:func:`qdq.kernels.reference.scaled_float_fake_quantize`."""
+    if _needs_rows(inputs, block_size):
+        return _blocks_apart(lambda x: scaled_float_fake_quantize(x, amax, fmt, block_size), inputs)
+    compute = compute_dtype(inputs.dtype)
+    out = torch.empty_like(inputs)
+    source = _dense_source(inputs, out)
+    pointer = None
+    layout = per_tensor(inputs.numel())
+    if amax is not None:
+        amax = _values(amax, inputs, compute)
+        layout, (amax,) = _placed(out, "amax", block_size, amax)
+        pointer = amax.data_ptr()
+    status = _kernels.qdq_float_format(
+        DTYPES[inputs.dtype],
+        source.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        pointer,
+        int(unscaled),
+        fmt.mantissa_bits,
+        fmt.min_exponent,
+        fmt.max_value,
+        _threads(),
+    )
+    if status:
+        _refuse(status, "amax")
+    return out
+
+
+def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: int | None = None) -> Tensor:
+    """:func:`qdq.kernels.reference.symmetric_gradient`."""
+    if _differ(grad, inputs) or _needs_rows(inputs, block_size):
+        return reference.symmetric_gradient(grad, inputs, amax, block_size)
+    grad, source, out = _aligned(grad, inputs)
+    amax = _values(amax, inputs, compute_dtype(inputs.dtype))
+    n = inputs.numel()
+    if amax.numel() == 1:
+        layout = (n, n, n, 1)
+    else:
+        layout, (amax,) = _placed(out, "amax", block_size, amax)
+    _kernels.qdq_symmetric_gradient(
+        DTYPES[inputs.dtype],
+        grad.data_ptr(),
+        source.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        amax.data_ptr(),
+        _threads(),
+    )
+    return out
+
+
+def affine_gradient(
+    grad: Tensor,
+    inputs: Tensor,
+    step_size: Tensor,
+    zero_point: Tensor,
+    lo: int,
+    hi: int,
+    block_size: int | None = None,
+) -> Tensor:
+    """:func:`qdq.kernels.reference.affine_gradient`."""
+    if _differ(grad, inputs) or _needs_rows(inputs, block_size):
+        return reference.affine_gradient(grad, inputs, step_size, zero_point, lo, hi, block_size)
+    compute = compute_dtype(inputs.dtype)
+    grad, source, out = _aligned(grad, inputs)
+    step, zero = _values(step_size, inputs, compute), _values(zero_point, inputs, compute)
+    layout, (step, zero) = _placed(out, "step_size zero_point", block_size, step, zero)
+    _kernels.qdq_affine_gradient(
+        DTYPES[inputs.dtype],
+        grad.data_ptr(),
+        source.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        step.data_ptr(),
+        zero.data_ptr(),
+        lo,
+        hi,
+        _threads(),
+    )
+    return out
+
+
+def range_gradient(
+    grad: Tensor, inputs: Tensor, min_range: Tensor, max_range: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qdq.kernels.reference.range_gradient`."""
+    if _differ(grad, inputs) or min_range.numel() != 1 or max_range.numel() != 1:
+        return reference.range_gradient(grad, inputs, min_range, max_range)
+    return _range_gradient(1, grad, inputs, min_range, max_range)
+
+
+def clip_gradient(grad: Tensor, inputs: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qdq.kernels.reference.clip_gradient`."""
+    if _differ(grad, inputs) or low.numel() != 1 or high.numel() != 1:
+        return reference.clip_gradient(grad, inputs, low, high)
+    return _range_gradient(0, grad, inputs, low, high)
+
+
+def _range_gradient(
+    inclusive: int, grad: Tensor, inputs: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = compute_dtype(inputs.dtype)
+    grad, source, out = _aligned(grad, inputs)
+    first, last = _values(low, inputs, compute), _values(high, inputs, compute)
+    sums = torch.empty(2, dtype=torch.float64)
+    status = _kernels.qdq_range_gradient(
+        DTYPES[inputs.dtype],
+        inclusive,
+        grad.data_ptr(),
+        source.data_ptr(),
+        out.data_ptr(),
+        inputs.numel(),
+        first.data_ptr(),
+        last.data_ptr(),
+        sums.data_ptr(),
+        _threads(),
+    )
+    if status:
+        _refuse(status, "range")
+    return out, sums[0].to(low.dtype).reshape(low.shape), sums[1].to(high.dtype).reshape(high.shape)
+
+
+def _differ(grad: Tensor, inputs: Tensor) -> bool:
+    """True for what the kernels do not pair: another dtype or shape, or a gradient on another device or of a class."""
+    return grad.dtype is not inputs.dtype or grad.shape != inputs.shape or not grad.is_cpu
+
+
+def _aligned(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient and inputs dense and in one order of memory, and memory for the result in that order."""
+    out = torch.empty_like(inputs)
+    source = _dense_source(inputs, out)
+    if grad.is_neg() or grad.stride() != out.stride():
+        # The order of the inputs: the result takes part in what comes before them.
+        grad = torch.empty_like(out).copy_(grad.detach())
+    return grad, source, out
+
+
+def absmax(x: Tensor, axis: int | None = None) -> Tensor:
+    """:func:`qdq.kernels.reference.absmax`."""
+    layout, source, shape = _sliced(x, axis)
+    out = x.new_empty(shape)
+    _kernels.qdq_absmax(DTYPES[x.dtype], source.data_ptr(), *layout, out.data_ptr(), _threads())
+    return out
+
+
+def minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`qdq.kernels.reference.minmax`."""
+    layout, source, shape = _sliced(x, axis)
+    if layout.n == 0:
+        return reference.minmax(x, axis)
+    low, high = x.new_empty(shape), x.new_empty(shape)
+    _kernels.qdq_minmax(DTYPES[x.dtype], source.data_ptr(), *layout, low.data_ptr(), high.data_ptr(), _threads())
+    return low, high
+
+
+def _sliced(x: Tensor, axis: int | None) -> tuple[Layout, Tensor, tuple[int, ...]]:
+    """The layout of the slices of ``x`` along ``axis``, dense memory of ``x``, and the shape of a result."""
+    compute_dtype(x.dtype)
+    x = x.detach()
+    if x.is_neg() or not is_dense(x):
+        x = torch.empty_like(x).copy_(x)
+    if axis is None:
+        return per_tensor(x.numel()), x, ()
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions")
+    size = x.shape[axis]
+    if size <= 1 or x.numel() == 0:
+        return Layout(x.numel(), x.numel(), x.numel(), size), x, (size,)
+    inner = x.stride(axis)
+    return Layout(x.numel(), inner * size, inner, size), x, (size,)
+
+
+def histogram(x: Tensor, width: float, first: int, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qdq.kernels.reference.histogram`."""
+    return _histogram(0, x, width, first, num_bins)
+
+
+def abs_histogram(x: Tensor, width: float, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qdq.kernels.reference.abs_histogram`."""
+    return _histogram(1, x, width, 0, num_bins)
+
+
+def _histogram(absolute: int, x: Tensor, width: float, first: int, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype not in DTYPES or not 0 < width < float("inf") or num_bins < 1:
+        if absolute:
+            return reference.abs_histogram(x, width, num_bins)
+        return reference.histogram(x, width, first, num_bins)
+    source = x.detach()
+    if source.is_neg() or not is_dense(source):
+        source = torch.empty_like(source).copy_(source)
+    counts, others = torch.zeros(num_bins, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    status = _kernels.qdq_histogram(
+        DTYPES[x.dtype],
+        absolute,
+        source.data_ptr(),
+        x.numel(),
+        width,
+        first,
+        num_bins,
+        counts.data_ptr(),
+        others.data_ptr(),
+        _threads(),
+    )
+    if status:
+        _refuse(status, "width")
+    return counts, others[0], others[1]
