@@ -36,7 +36,7 @@ from measure import ratio
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
 QUICK_SIZES = ("64x64", "4096", "65536")
 _COLUMNS = (
-    *(("operation", 28), ("dtype", 8), ("size", 6), ("threads", 7), ("cache", 5), ("contender", 22), ("median", 8)),
+    *(("operation", 30), ("dtype", 8), ("size", 6), ("threads", 7), ("cache", 5), ("contender", 22), ("median", 8)),
     *(("quartiles", 20), ("x floor", 7), ("torch / it", 10), ("bars", 4)),
 )
 
@@ -87,7 +87,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.exit()
     options.operations = [o for o in OPERATIONS if options.only is None or _named(o.name, options.only)]
     if not options.operations:
-        parser.error(f"no operation matches {' '.join(options.only)}; --list shows them")
+        parser.error(f"no operation matches {' '.join(options.only or [])}; --list shows them")
     if min(options.threads) < 1 or options.seconds < 0:
         parser.error("--threads must be at least 1, --seconds at least 0")
     if options.device.startswith("cuda") and not torch.cuda.is_available():

@@ -68,8 +68,9 @@ struct Limits {
 
 // How a product with the reciprocal becomes a bin.
 enum class Binning {
-    kAbsolute,    // |x|, bins from 0
-    kPowerOfTwo,  // of a width that makes the product exact
+    kAbsolute,        // |x|, bins from 0
+    kPowerOfTwo,      // of a width that makes the product exact
+    kWidePowerOfTwo,  // above 1: exact, but that it may be 0 for denormal numbers
     kSigned,
 };
 
@@ -86,10 +87,11 @@ class Counter {
                                       std::fabs(static_cast<double>(bins.first + bins.count)));
         // The reciprocal and the product each round by half an epsilon, and adding this to the product once more.
         error_ = static_cast<C>(2 * most * std::numeric_limits<C>::epsilon());
-        binning_ = bins.absolute ? Binning::kAbsolute : power_of_two ? Binning::kPowerOfTwo : Binning::kSigned;
+        binning_ = bins.absolute    ? Binning::kAbsolute
+                   : !power_of_two  ? Binning::kSigned
+                   : inverse_ >= 1  ? Binning::kPowerOfTwo
+                                    : Binning::kWidePowerOfTwo;
         usable_ = std::isnormal(inverse_) && error_ < C(0.25) && most < double(1 << 30);
-        // Products below the smallest number would put tiny negative values into the bin of 0.
-        if (binning_ == Binning::kPowerOfTwo && std::is_same_v<C, float>) usable_ &= inverse_ >= 1;
     }
 
     // False where C is too narrow for these bins.
@@ -135,6 +137,7 @@ class Counter {
         switch (binning_) {
             case Binning::kAbsolute: return count_block_by<Binning::kAbsolute>(x);
             case Binning::kPowerOfTwo: return count_block_by<Binning::kPowerOfTwo>(x);
+            case Binning::kWidePowerOfTwo: return count_block_by<Binning::kWidePowerOfTwo>(x);
             default: return count_block_by<Binning::kSigned>(x);
         }
     }
@@ -163,6 +166,7 @@ class Counter {
             } else {
                 index = __builtin_convertvector(scaled, Indices);
                 index += __builtin_convertvector(index, Values) > scaled;  // a comparison gives 0 or -1
+                if (binning == Binning::kWidePowerOfTwo) index += (scaled == 0) & (v < 0);
                 if (binning == Binning::kSigned) {
                     const Values above = scaled - __builtin_convertvector(index, Values);
                     unsure = ((above <= error) | (above >= 1 - error)) & ~(v == 0);
@@ -171,7 +175,7 @@ class Counter {
             zeros += v == 0;
             index = inside ? index : dump;
             *reinterpret_cast<Indices*>(bin + i) = index;
-            if (binning != Binning::kPowerOfTwo && __builtin_expect(any(unsure), 0)) {
+            if ((absolute || binning == Binning::kSigned) && __builtin_expect(any(unsure), 0)) {
                 for (int k = 0; k < kLanes; ++k)
                     if (bin[i + k] != after) bin[i + k] = static_cast<Index>(bins_.exact(static_cast<double>(v[k])));
             }

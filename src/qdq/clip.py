@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .kernels import reference
+from .kernels.engine import for_tensor
+
+
+def _compared(bound: Tensor, x: Tensor) -> Tensor:
+    """``bound`` as the forward pass compares it with ``x``: a 0-d tensor takes the dtype of the other."""
+    return bound.to(x.dtype) if bound.dim() == 0 else bound
+
 
 class ClipFunction(Function):
     """The ``autograd.Function`` behind :func:`clip`, which documents it."""
@@ -26,15 +34,11 @@ class ClipFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, low, high = ctx.saved_tensors
-        if low.numel() != 1 or high.numel() != 1:
-            raise ValueError(
-                f"clip values can only be scalar in training, got shapes {tuple(low.shape)} and {tuple(high.shape)}"
-            )
         (grad,) = grad_outputs
-        none = torch.zeros_like(grad)
-        grad_low = torch.where(x <= low, grad, none).sum().to(low.dtype).reshape(low.shape)
-        grad_high = torch.where(x >= high, grad, none).sum().to(high.dtype).reshape(high.shape)
-        return torch.where((x > low) & (x < high), grad, none), grad_low, grad_high
+        # Compilers trace the reference, and it is what records a gradient of the gradient.
+        run = reference if torch.compiler.is_compiling() or torch.is_grad_enabled() else for_tensor(grad)
+        passed, grad_low, grad_high = run.clip_gradient(grad, x, _compared(low, x), _compared(high, x))
+        return passed, grad_low.to(low.dtype), grad_high.to(high.dtype)
 
 
 def clip(input: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:

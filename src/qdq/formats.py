@@ -119,4 +119,20 @@ E2M1 = FloatFormat("E2M1", exponent_bits=2, mantissa_bits=1, max_value=6.0, min_
 # OCP Microscaling Formats (MX), version 1.0: code c is 2**(c - 127), and 255 is NaN.
 E8M0 = ScaleFormat("E8M0", exponent_bits=8, min_exponent=-127, max_exponent=127)
 
-__all__ = ["E2M1", "E4M3", "E5M2", "E8M0", "FloatFormat", "IntFormat", "ScaleFormat"]
+_FLOAT_FORMATS = {(f.exponent_bits, f.mantissa_bits): f for f in (E4M3, E5M2, E2M1)}
+
+
+def float_format(exponent_bits: int, mantissa_bits: int) -> FloatFormat:
+    """The floating-point format with these bits.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return _FLOAT_FORMATS[exponent_bits, mantissa_bits]
+    except KeyError:
+        known = ", ".join(f"{f.name} {bits}" for bits, f in _FLOAT_FORMATS.items())
+        raise ValueError(f"no format has {exponent_bits} exponent and {mantissa_bits} mantissa bits: {known}") from None
+
+
+__all__ = ["E2M1", "E4M3", "E5M2", "E8M0", "FloatFormat", "IntFormat", "ScaleFormat", "float_format"]

@@ -1,8 +1,6 @@
 """Quantization as differentiable functions: value checks at the door, one kernel, the straight-through gradient.
 
-The straight-through estimator (Bengio et al. 2013, https://arxiv.org/abs/1308.3432) with clipping: the gradient
-passes unchanged where the input lies in the representable range, its ends included, and is 0 elsewhere. amax, ranges,
-step sizes and zero points get no gradient.
+The gradient is that of :mod:`qdq.straight_through`; amax, ranges, step sizes and zero points get none.
 
 *Scale* is ``bound / amax``: codes are inputs times scale. ONNX's scale is its inverse, here called *step size*.
 """
@@ -14,200 +12,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
-from . import onnx_torchscript
-from .formats import E4M3, IntFormat
-from .kernels import checks, operations, reference
+from .formats import E4M3
+from .kernels import checks, engine, operations, reference
 from .onnx_form import exports_to_onnx, fake_quantize_as_onnx, reading_sizes
-
-_SIGNIFICAND_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
-
-
-def _require_tensors(**tensors: Any) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def _as_parameter(value: Tensor | float, inputs: Tensor) -> Tensor:
-    """``value`` as a tensor on the device of ``inputs``; numbers take the compute dtype."""
-    if isinstance(value, Tensor):
-        return value
-    _require_tensors(inputs=inputs)
-    if checks.is_tracing():  # `as_tensor` would warn; a tensor apart from the trace is a constant of it
-        return torch.full((), value, dtype=reference.compute_dtype(inputs.dtype), device=inputs.device).data
-    return torch.as_tensor(value, dtype=reference.compute_dtype(inputs.dtype), device=inputs.device)
+from .straight_through import (
+    EagerFakeQuantizeAffine,
+    EagerFakeTensorQuant,
+    FakeAffineTensorQuantFunction,
+    FakeQuantizeAffineFunction,
+    FakeTensorQuantFunction,
+    LegacyFakeTensorQuantFunction,
+    ScaledE4M3Function,
+    TensorQuantFunction,
+    as_parameter,
+    check_e4m3,
+    check_symmetric,
+    engine_of,
+    require_tensors,
+)
 
 
-def _at_the_door(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> IntFormat:
-    """The format, once everything that the symmetric functions refuse has been refused."""
-    _require_tensors(inputs=inputs, amax=amax)
-    fmt = IntFormat(num_bits, unsigned, narrow_range)
-    reference.compute_dtype(inputs.dtype)
-    if not amax.dtype.is_floating_point:
-        raise TypeError(f"amax must be a floating-point tensor, got {amax.dtype}")
-    reference.check_broadcast(inputs, amax, "amax")
-    checks.check_amax(amax)
-    if unsigned:
-        checks.check_unsigned(inputs)
-    return fmt
-
-
-def _e4m3_at_the_door(inputs: Tensor, amax: Tensor | None, E: int, M: int) -> None:
-    _require_tensors(inputs=inputs)
-    bits = (E, M)
-    if bits != (E4M3.exponent_bits, E4M3.mantissa_bits):
-        raise NotImplementedError(f"only E=4 and M=3 are supported, got E={E} and M={M}")
-    if amax is not None:
-        _require_tensors(amax=amax)
-        checks.check_amax(amax)
-
-
-def _pass_where(mask: Tensor, grad: Tensor) -> Tensor:
-    # A product with the mask would turn an infinite gradient outside the range into NaN.
-    return torch.where(mask, grad, torch.zeros_like(grad))
-
-
-class _SymmetricFunction(Function):
-    """What the symmetric functions share: the saved tensors and the gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-        ctx.save_for_backward(inputs[0], inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        inputs, amax = ctx.saved_tensors
-        return _pass_where(reference.symmetric_mask(inputs, amax), grad_outputs[0]), None, None, None, None
-
-
-class TensorQuantFunction(_SymmetricFunction):
-    """The ``autograd.Function`` behind :func:`tensor_quant`, which documents it."""
-
-    @staticmethod
-    def forward(
-        inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        fmt = _at_the_door(inputs, amax, num_bits, unsigned, narrow_range)
-        if fmt.magnitude_bits > _SIGNIFICAND_BITS[inputs.dtype]:
-            raise ValueError(
-                f"num_bits={num_bits} gives the bound {fmt.bound}, which is not exact in {inputs.dtype}: "
-                "use fewer bits or a wider input dtype"
-            )
-        if inputs.dtype == torch.float16:
-            checks.check_float16_scale(amax, fmt)
-        return reference.symmetric_quantize(inputs, amax, fmt)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-        ctx.save_for_backward(inputs[0], inputs[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def symbolic(
-        g: Any, inputs: Any, amax: Any, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
-    ) -> Any:
-        """QuantizeLinear, and the scale, in the graph ``g`` of ``torch.onnx.export(..., dynamo=False)``."""
-        return onnx_torchscript.quantize(g, inputs, amax, num_bits, unsigned, narrow_range)
-
-
-class FakeTensorQuantFunction(_SymmetricFunction):
-    """The ``autograd.Function`` behind :func:`fake_tensor_quant`, which documents it."""
-
-    @staticmethod
-    def forward(
-        inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
-    ) -> Tensor:
-        fmt = _at_the_door(inputs, amax, num_bits, unsigned, narrow_range)
-        return reference.symmetric_fake_quantize(inputs, amax, fmt)
-
-    @staticmethod
-    def symbolic(
-        g: Any, inputs: Any, amax: Any, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
-    ) -> Any:
-        """Q/DQ nodes in the graph ``g`` of ``torch.onnx.export(..., dynamo=False)``."""
-        return onnx_torchscript.fake_quantize(g, inputs, amax, num_bits, unsigned, narrow_range)
-
-
-class LegacyFakeTensorQuantFunction(FakeTensorQuantFunction):
-    """The old name of :class:`FakeTensorQuantFunction`; the two are equal bit for bit."""
-
-
-class FakeAffineTensorQuantFunction(Function):
-    """The ``autograd.Function`` behind :func:`fake_affine_tensor_quant`, which documents it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(inputs: Tensor, min_range: Tensor, max_range: Tensor, num_bits: int = 8) -> Tensor:
-        _require_tensors(inputs=inputs, min_range=min_range, max_range=max_range)
-        if IntFormat(num_bits).num_bits < 1:
-            raise ValueError(f"num_bits must be at least 1 for affine quantization, got {num_bits}")
-        checks.check_range(min_range, max_range)
-        return reference.range_fake_quantize(inputs, min_range, max_range, num_bits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-        ctx.save_for_backward(*inputs[:3])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return _pass_where(reference.range_mask(*ctx.saved_tensors), grad_outputs[0]), None, None, None
-
-
-class ScaledE4M3Function(Function):
-    """The ``autograd.Function`` behind :func:`scaled_e4m3`, which documents it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(inputs: Tensor, amax: Tensor | None = None, E: int = 4, M: int = 3) -> Tensor:
-        _e4m3_at_the_door(inputs, amax, E, M)
-        return reference.scaled_float_fake_quantize(inputs, amax, E4M3)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-        tensor, amax = inputs[0], inputs[1]
-        ctx.save_for_backward(tensor, torch.full_like(tensor, E4M3.max_value) if amax is None else amax)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return _pass_where(reference.symmetric_mask(*ctx.saved_tensors), grad_outputs[0]), None, None, None
-
-    @staticmethod
-    def symbolic(g: Any, inputs: Any, amax: Any = None, E: int = 4, M: int = 3) -> Any:
-        """TensorRT's nodes in the graph ``g`` of ``torch.onnx.export(..., dynamo=False)``."""
-        return onnx_torchscript.fake_quantize(g, inputs, amax, (E, M), False, False)
-
-
-class FakeQuantizeAffineFunction(Function):
-    """The ``autograd.Function`` behind :func:`fake_quantize_affine`, which documents it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(inputs: Tensor, step_size: Tensor, zero_point: Tensor, lo: int, hi: int) -> Tensor:
-        checks.check_step_size(step_size)
-        return reference.affine_fake_quantize(inputs, step_size, zero_point, lo, hi)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.codes = inputs[3:]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        mask = reference.affine_mask(*ctx.saved_tensors, *ctx.codes)
-        return _pass_where(mask, grad_outputs[0]), None, None, None, None
+def _eager_engine(inputs: Any, *parameters: Any) -> Any:
+    """The engine of a plain eager call, or None: something traces, transforms, or differentiates forward."""
+    # Inside forward-mode differentiation the level is 0 or more; the classes refuse it.
+    if torch.compiler.is_compiling() or not isinstance(inputs, Tensor) or forward_ad._current_level >= 0:
+        return None
+    run = engine_of(inputs, *parameters)
+    return None if run is reference else run
 
 
 def _call(function: Any, inputs: Tensor, *arguments: Any) -> Any:
     """``function.apply``; where no gradient can be asked for, its forward alone, which starts several times faster."""
-    _require_tensors(inputs=inputs)
+    require_tensors(inputs=inputs)
     if checks.is_tracing():
         # The exporter of TorchScript looks for `symbolic`, and `torch.jit.trace` compares traces with and without
         # gradients: both see one node.
@@ -217,30 +55,53 @@ def _call(function: Any, inputs: Tensor, *arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return function.apply(inputs, *arguments)
     # A dual tensor of forward-mode differentiation: let the Function refuse it rather than give a zero tangent.
-    if not torch.compiler.is_compiling() and unpack_dual(inputs).tangent is not None:
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(inputs).tangent is not None:
         return function.apply(inputs, *arguments)
     return function.forward(inputs, *arguments)
 
 
-def _exported_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+def _exported_fake_quant(
+    inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool, block_size: int | None
+) -> Tensor:
     """One node of an exported program, or Q/DQ nodes of an ONNX file."""
-    _at_the_door(inputs, amax, num_bits, unsigned, narrow_range)
+    require_tensors(inputs=inputs)
+    check_symmetric(reference, inputs, amax, num_bits, unsigned, narrow_range, block_size)
     if exports_to_onnx():
+        _refuse_blocks(block_size)
         return fake_quantize_as_onnx(inputs, amax, num_bits, unsigned, narrow_range)
-    return operations.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    return operations.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range, block_size)
 
 
-def _exported_e4m3(inputs: Tensor, amax: Tensor | None, E: int, M: int) -> Tensor:
+def _exported_e4m3(inputs: Tensor, amax: Tensor | None, E: int, M: int, block_size: int | None) -> Tensor:
     """One node of an exported program, or TensorRT's nodes of an ONNX file."""
-    _e4m3_at_the_door(inputs, amax, E, M)
+    check_e4m3(inputs, amax, E, M)
     if exports_to_onnx():
+        _refuse_blocks(block_size)
         largest = torch.tensor(E4M3.max_value) if amax is None else amax
         return fake_quantize_as_onnx(inputs, largest, (E, M), False, False)
-    return operations.scaled_e4m3(inputs, amax)
+    return operations.scaled_e4m3(inputs, amax, block_size)
+
+
+def _refuse_blocks(block_size: int | None) -> None:
+    if block_size is not None:
+        raise NotImplementedError(
+            f"block_size={block_size} cannot be exported to ONNX yet: quantize per tensor or per channel"
+        )
+
+
+def _refuse_blocks_in_onnx(block_size: int | None) -> None:
+    if block_size is not None and exports_to_onnx():
+        _refuse_blocks(block_size)
 
 
 def tensor_quant(
-    inputs: Tensor, amax: Tensor | float, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: Tensor,
+    amax: Tensor | float,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    *,
+    block_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize symmetrically: ``clamp(round_half_to_even(inputs * scale), lo, bound)``.
 
@@ -255,6 +116,8 @@ def tensor_quant(
         num_bits: width of the codes.
         unsigned: codes from 0.
         narrow_range: leave out the code ``-bound - 1``.
+        block_size: one amax for every ``block_size`` elements of the last axis, of which the last block may be short:
+            amax has the shape ``inputs.shape[:-1] + (ceil(n / block_size),)``, or broadcasts to it.
 
     Returns:
         Codes and scale, both in the dtype of ``inputs``; the scale has the shape of ``amax``.
@@ -264,21 +127,36 @@ def tensor_quant(
             is not exact in the dtype of ``inputs``; ``num_bits`` out of range.
         TypeError: a negative input with ``unsigned``; inputs of another dtype.
     """
-    return _call(TensorQuantFunction, inputs, _as_parameter(amax, inputs), num_bits, unsigned, narrow_range)
+    _refuse_blocks_in_onnx(block_size)
+    amax = as_parameter(amax, inputs)
+    return _call(TensorQuantFunction, inputs, amax, num_bits, unsigned, narrow_range, block_size)
 
 
 def fake_tensor_quant(
-    inputs: Tensor, amax: Tensor | float, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: Tensor,
+    amax: Tensor | float,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    *,
+    block_size: int | None = None,
 ) -> Tensor:
     """Quantize as :func:`tensor_quant` does and divide by the scale, in the dtype of ``inputs``.
 
     The scale stays in the compute dtype, so that a small amax does not overflow float16. Arguments and errors are
     those of :func:`tensor_quant`, without its two about what the dtype of ``inputs`` can hold.
     """
-    amax = _as_parameter(amax, inputs)
+    amax = as_parameter(amax, inputs)
+    run = _eager_engine(inputs, amax)
+    if run is not None:
+        fmt = check_symmetric(run, inputs, amax, num_bits, unsigned, narrow_range, block_size)
+        if torch.is_grad_enabled() and (inputs.requires_grad or amax.requires_grad):
+            return EagerFakeTensorQuant.apply(run, inputs, amax, fmt, block_size)
+        return run.symmetric_fake_quantize(inputs, amax, fmt, block_size)
     if torch.compiler.is_exporting():
-        return _exported_fake_quant(inputs, amax, num_bits, unsigned, narrow_range)
-    return _call(FakeTensorQuantFunction, inputs, amax, num_bits, unsigned, narrow_range)
+        return _exported_fake_quant(inputs, amax, num_bits, unsigned, narrow_range, block_size)
+    _refuse_blocks_in_onnx(block_size)
+    return _call(FakeTensorQuantFunction, inputs, amax, num_bits, unsigned, narrow_range, block_size)
 
 
 def legacy_fake_tensor_quant(
@@ -299,28 +177,38 @@ def fake_affine_tensor_quant(
     Raises:
         ValueError: ``min_range`` above ``max_range``; ranges that do not broadcast; ``num_bits`` below 1.
     """
-    low, high = _as_parameter(min_range, inputs), _as_parameter(max_range, inputs)
+    low, high = as_parameter(min_range, inputs), as_parameter(max_range, inputs)
     return _call(FakeAffineTensorQuantFunction, inputs, low, high, num_bits)
 
 
-def scaled_e4m3(inputs: Tensor, amax: Tensor | float | None = None, E: int = 4, M: int = 3) -> Tensor:
+def scaled_e4m3(
+    inputs: Tensor, amax: Tensor | float | None = None, E: int = 4, M: int = 3, *, block_size: int | None = None
+) -> Tensor:
     """Round to the values of the 8-bit floating-point format E4M3, saturating at its largest, 448.
 
     With ``amax``, values are multiplied by ``448 / amax`` before rounding and divided by it after.
-    ``|inputs| < 2**-24`` gives 0. Source: OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
+    ``|inputs| < 2**-24`` gives 0. ``block_size`` is that of :func:`tensor_quant`. Source of the format:
+    OCP 8-bit Floating Point Specification (OFP8), revision 1.0.
 
     Raises:
         NotImplementedError: ``E`` and ``M`` other than 4 and 3.
         ValueError: negative amax; amax that does not broadcast.
     """
-    amax = None if amax is None else _as_parameter(amax, inputs)
+    amax = None if amax is None else as_parameter(amax, inputs)
     if torch.compiler.is_exporting():
-        return _exported_e4m3(inputs, amax, E, M)
-    return _call(ScaledE4M3Function, inputs, amax, E, M)
+        return _exported_e4m3(inputs, amax, E, M, block_size)
+    _refuse_blocks_in_onnx(block_size)
+    return _call(ScaledE4M3Function, inputs, amax, E, M, block_size)
 
 
 def fake_quantize_affine(
-    inputs: Tensor, step_size: Tensor | float, zero_point: Tensor | int, lo: int, hi: int
+    inputs: Tensor,
+    step_size: Tensor | float,
+    zero_point: Tensor | int,
+    lo: int,
+    hi: int,
+    *,
+    block_size: int | None = None,
 ) -> Tensor:
     """QuantizeLinear followed by DequantizeLinear, as ONNX defines them, with the straight-through gradient.
 
@@ -333,6 +221,8 @@ def fake_quantize_affine(
         zero_point: the code of 0; integer values, any dtype; broadcasts to ``inputs``.
         lo: the smallest code.
         hi: the largest code.
+        block_size: one step size and zero point for every ``block_size`` elements of the last axis, as in
+            :func:`tensor_quant`.
 
     Raises:
         ValueError: a step size that is 0 or negative; a parameter that does not broadcast; ``lo`` not below ``hi``.
@@ -340,8 +230,18 @@ def fake_quantize_affine(
     """
     if lo >= hi:
         raise ValueError(f"lo must be below hi, got lo={lo} and hi={hi}")
-    step, zero = _as_parameter(step_size, inputs), _as_parameter(zero_point, inputs)
-    return _call(FakeQuantizeAffineFunction, inputs, step, zero, lo, hi)
+    step, zero = as_parameter(step_size, inputs), as_parameter(zero_point, inputs)
+    run = _eager_engine(inputs, step, zero)
+    if run is not None:
+        if not engine.reads_values(run):
+            checks.check_step_size(step)
+        if torch.is_grad_enabled() and (inputs.requires_grad or step.requires_grad or zero.requires_grad):
+            return EagerFakeQuantizeAffine.apply(run, inputs, step, zero, lo, hi, block_size)
+        return run.affine_fake_quantize(inputs, step, zero, lo, hi, block_size)
+    if torch.compiler.is_exporting() and not exports_to_onnx():
+        require_tensors(inputs=inputs)
+        return operations.fake_quantize_affine(inputs, step, zero, lo, hi, block_size)
+    return _call(FakeQuantizeAffineFunction, inputs, step, zero, lo, hi, block_size)
 
 
 __all__ = [

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels import engine, reference
+from ..kernels.checks import unreadable
+
+# What the compiled kernels compute on.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Calibrator:
@@ -40,6 +47,11 @@ class Calibrator:
         return f"{type(self).__name__}(num_bits={self._num_bits}, axis={self._axis}, unsigned={self._unsigned})"
 
 
+def engine_for(x: Tensor) -> ModuleType:
+    """The engine that computes on ``x``: the reference while a compiler or a tracer looks on."""
+    return reference if unreadable(x) else engine.for_tensor(x)
+
+
 def reduce_amax(input: Tensor, axis: int | tuple[int, ...] | list[int] | None = None, keepdims: bool = True) -> Tensor:
     """The largest absolute value over the axes ``axis`` (None: all), without a gradient.
 
@@ -50,17 +62,19 @@ def reduce_amax(input: Tensor, axis: int | tuple[int, ...] | list[int] | None = 
     """
     x = input.detach()
     axes = normalize_axes(axis, x.dim()) if axis is not None else tuple(range(x.dim()))
+    shape = [1 if i in axes else size for i, size in enumerate(x.shape)]
+    kept = [i for i, size in enumerate(shape) if size != 1]
     if x.numel() == 0:
-        kept = [1 if i in axes else size for i, size in enumerate(x.shape)]
-        result = x.new_zeros(kept)
+        result = x.new_zeros(shape)
     elif not axes:
         result = x.abs()
+    elif len(kept) <= 1 and x.dtype in FLOATS and (compute := engine_for(x)) is not reference:
+        result = compute.absmax(x, kept[0] if kept else None).view(shape)
     else:
         # Two reductions read the tensor twice; abs() would write another tensor of that size as well.
-        result = torch.maximum(x.amax(axes, keepdim=True), -x.amin(axes, keepdim=True))
+        result = torch.maximum(x.amax(axes, keepdim=True), -x.amin(axes, keepdim=True)).abs()
     if result.numel() == 1:
-        return result.reshape(()).abs()
-    result = result.abs()
+        return result.reshape(())
     return result if keepdims or not axes else result.squeeze(axes)
 
 

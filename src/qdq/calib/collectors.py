@@ -6,13 +6,12 @@ A collector never decides anything; the solvers of :mod:`qdq.calib.solvers` do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Indices of one chunk stay in the cache: several times faster than passing over a large tensor again and again.
-_CHUNK = 1 << 18
+from .calibrator import FLOATS, engine_for
+
 # The reciprocal of the bin width must be a normal float32 number.
 _SMALLEST_EXPONENT = -126
 
@@ -42,25 +41,25 @@ class RangeCollector:
         self._observe(x)
 
     def _observe(self, x: Tensor) -> Tensor:
-        """Update the range; the finite values of ``x``, flat and in a dtype that can be binned."""
+        """Update the range; the finite values of ``x``, in a dtype that can be binned."""
         if x.is_complex():
             raise TypeError(f"a collector takes real values, got {x.dtype}")
-        flat = x.detach().reshape(-1)
-        if flat.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            flat = flat.to(torch.float64)
-        if flat.numel() == 0:
-            return flat
-        low, high = (float(v) for v in torch.aminmax(flat))
+        x = x.detach()
+        if x.dtype not in FLOATS:
+            x = x.to(torch.float64)
+        if x.numel() == 0:
+            return x
+        low, high = _range_of(x)
         if not (math.isfinite(low) and math.isfinite(high)):
-            finite = flat[torch.isfinite(flat)]
-            self.nonfinite += flat.numel() - finite.numel()
-            flat = finite
-            if flat.numel() == 0:
-                return flat
-            low, high = (float(v) for v in torch.aminmax(flat))
+            finite = x[torch.isfinite(x)]
+            self.nonfinite += x.numel() - finite.numel()
+            x = finite
+            if x.numel() == 0:
+                return x
+            low, high = _range_of(x)
         self.min, self.max = min(self.min, low), max(self.max, high)
-        self.total += flat.numel()
-        return flat
+        self.total += x.numel()
+        return x
 
     def merge(self, other: RangeCollector) -> None:
         """Add what ``other`` has seen, as if this collector had seen it."""
@@ -127,22 +126,13 @@ class HistogramCollector(RangeCollector):
         Raises:
             TypeError: complex values.
         """
-        flat = self._observe(x)
-        if flat.numel() == 0:
+        x = self._observe(x)
+        if x.numel() == 0:
             return
         self._grow()
-        for chunk in _chunks(flat):
-            self._count(chunk)
-
-    def _count(self, chunk: Tensor) -> None:
-        if self.min <= 0.0 <= self.max:
-            self.zeros += chunk.numel() - int(torch.count_nonzero(chunk != 0))
-        # Multiplying by a power of two changes the exponent only, so it is exact; but below 1 it may round a small
-        # negative float32 value to 0, into the bin on the other side.
-        narrow = chunk.dtype != torch.float64 and (self._exponent <= 0 or self.min >= 0.0)
-        dtype = torch.float32 if narrow else torch.float64
-        index = torch.mul(chunk.to(dtype), math.ldexp(1.0, -self._exponent)).floor_().sub_(self._first).to(torch.int32)
-        self._counts += torch.bincount(index, minlength=self._counts.numel()).cpu()
+        counts, _, zeros = engine_for(x).histogram(x, self.width, self._first, self._counts.numel())
+        self._counts += counts.cpu()
+        self.zeros += int(zeros)
 
     def merge(self, other: RangeCollector) -> None:
         """Add what ``other`` has seen, as if this collector had seen it.
@@ -174,12 +164,15 @@ class HistogramCollector(RangeCollector):
         self._counts, self._first, self._exponent = counts, first, exponent
 
 
-def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    yield from flat.split(_CHUNK) if flat.device.type == "cpu" else (flat,)
+def _range_of(x: Tensor) -> tuple[float, float]:
+    low, high = engine_for(x).minmax(x)
+    return float(low), float(high)
 
 
 def _bin_of(value: float, exponent: int) -> int:
-    return math.floor(math.ldexp(value, -exponent))
+    number = math.floor(math.ldexp(value, -exponent))
+    # The quotient of a tiny negative value may be 0.
+    return -1 if number == 0 and value < 0 else number
 
 
 def _width_exponent(low: float, high: float, num_bins: int, start: int) -> int:

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.reference import bin_index, comparable
-from .calibrator import Calibrator
+from .calibrator import FLOATS, Calibrator, engine_for
 from .solvers import entropy_amax, mse_amax, percentile_amax
 
-_CHUNK = 1 << 18
 _MOST_BINS = 1 << 22
 
 
@@ -23,7 +21,7 @@ class HistogramCalibrator(Calibrator):
 
     The first batch fixes the bin width, its maximum over ``num_bins``; later batches add whole bins of that width.
     Bin k holds ``k * width <= |x| < (k + 1) * width``, and the last one its upper end too. Counts are int64 and stay
-    on the device of the first batch. Values are compared in float64 on a CPU, on other devices in float32.
+    on the device of the first batch. Values are compared as :func:`qdq.kernels.reference.histogram` says.
 
     Args:
         num_bits: width of the codes, or (4, 3).
@@ -96,51 +94,71 @@ class HistogramCalibrator(Calibrator):
     def collect(self, x: Tensor) -> None:
         """Add the absolute values of ``x``: any shape, floating point or integer. NaN and infinity are left out.
 
+        In a range already seen this reads ``x`` once.
+
         Raises:
             RuntimeError: a value so far beyond the first batch that the histogram would need over 4 million bins.
         """
-        values = x.detach().reshape(-1).abs()
-        if values.dtype not in (torch.float32, torch.float64):
-            values = values.to(torch.float32)
-        if self._skip_zeros:
-            values = values[values != 0]
-        if values.numel() == 0:
+        x = x.detach()
+        if x.is_complex():
+            x = x.abs()
+        if x.dtype not in FLOATS:
+            x = x.to(torch.float32)
+        if x.numel() == 0 or self._add_inside(x):
             return
-        largest = float(values.max())
+        compute = engine_for(x)
+        largest = float(compute.absmax(x))
         if not math.isfinite(largest):
-            if not self._warned:
-                warnings.warn("the calibration data hold NaN or infinite values: they are left out", stacklevel=2)
-                self._warned = True
-            values = values[torch.isfinite(values)]
-            if values.numel() == 0:
-                return
-            largest = float(values.max())
+            self._warn_once()
+            x = x[torch.isfinite(x)]
+            largest = float(compute.absmax(x))
+        if x.numel() == 0 or (self._skip_zeros and largest == 0):
+            return
         counts = self._counts
         if counts is None:
-            counts = torch.zeros(self._num_bins, dtype=torch.int64, device=values.device)
+            counts = torch.zeros(self._num_bins, dtype=torch.int64, device=x.device)
         if self._width == 0.0:
             # Batches of zeros fix no width; they lie in bin 0 whatever it becomes.
             self._width = largest / self._num_bins
         if self._width > 0.0:
-            # The quotient may round up beyond a whole number, whose value belongs to the last bin.
-            needed = math.ceil(largest / self._width * (1 - 1e-12))
-            if needed > max(_MOST_BINS, self._num_bins):
-                raise RuntimeError(
-                    f"a value of {largest:.6g} needs {needed} bins of the width {self._width:.6g} that the first batch "
-                    "fixed: begin with a batch of typical values, or use qdq.calib.HistogramCollector"
-                )
-            if needed > counts.numel():
-                counts = torch.nn.functional.pad(counts, (0, needed - counts.numel()))
-            chunks = values.split(_CHUNK) if values.device.type == "cpu" else (values,)
-            for chunk in chunks:
-                counts += self._count(chunk, counts.numel()).to(counts.device)
-        else:
-            counts[0] += values.numel()
+            counts = self._grown(counts, largest)
         self._counts = counts
+        if self._width > 0.0:
+            self._add_inside(x)
+        else:
+            counts[0] += int(torch.count_nonzero(x)) if self._skip_zeros else x.numel()
 
-    def _count(self, values: Tensor, num_bins: int) -> Tensor:
-        index = bin_index(comparable(values), self._width)
-        return torch.bincount(index.clamp_(0, num_bins - 1), minlength=num_bins)
+    def _add_inside(self, x: Tensor) -> bool:
+        """Count ``x``; False, and nothing is counted, where there are no bins yet or a value lies in none."""
+        counts = self._counts
+        if counts is None or not self._width > 0.0:
+            return False
+        found, outside, zeros = engine_for(x).abs_histogram(x, self._width, counts.numel())
+        if int(outside):
+            return False
+        counts += found.to(counts.device)
+        if self._skip_zeros:
+            counts[0] -= zeros.to(counts.device)
+        return True
+
+    def _grown(self, counts: Tensor, largest: float) -> Tensor:
+        """``counts`` with bins of 0 added until ``largest`` lies in one."""
+        # The quotient may round up beyond a whole number, whose value belongs to the last bin.
+        needed = math.ceil(largest / self._width * (1 - 1e-12))
+        needed += largest > needed * self._width * (1 + 1e-12)  # the upper end of the kernels
+        if needed > max(_MOST_BINS, self._num_bins):
+            raise RuntimeError(
+                f"a value of {largest:.6g} needs {needed} bins of the width {self._width:.6g} that the first batch "
+                "fixed: begin with a batch of typical values, or use qdq.calib.HistogramCollector"
+            )
+        if needed > counts.numel():
+            counts = torch.nn.functional.pad(counts, (0, needed - counts.numel()))
+        return counts
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            warnings.warn("the calibration data hold NaN or infinite values: they are left out", stacklevel=3)
+            self._warned = True
 
     def reset(self) -> None:
         """Forget what was seen."""

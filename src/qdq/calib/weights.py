@@ -12,9 +12,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import CalibrationError
 from ..formats import E4M3, IntFormat
-from ..kernels.reference import scaled_float_fake_quantize, symmetric_fake_quantize
-from .calibrator import normalize_axes, reduce_amax
-from .histogram import bin_index, comparable
+from ..kernels.reference import bin_index, comparable, scaled_float_fake_quantize, symmetric_fake_quantize
+from .calibrator import engine_for, normalize_axes, reduce_amax
 from .quantized_weights import quantized_weights
 from .solvers import mse_amax
 
@@ -23,6 +22,8 @@ _log = logging.getLogger(__name__)
 METHODS = ("max", "mse", "percentile")
 # Elements of the largest block of histograms, and of the largest table of errors.
 _BLOCK = 1 << 22
+# From here on a call of the kernels for every row is faster than one pass over all rows in plain PyTorch.
+_LONG_ROW = 1 << 12
 
 
 @torch.no_grad()
@@ -109,10 +110,14 @@ class _Search:
         # A row of zeros has no width; its values lie in bin 0 whatever it is.
         used = torch.where(width > 0, width, 1.0)
         columns = self.num_bins
-        values = comparable(rows)
-        index = bin_index(values, used[:, None].to(values.dtype)).clamp_(max=columns - 1)
-        index += columns * torch.arange(rows.shape[0], device=rows.device)[:, None]
-        counts = torch.bincount(index.flatten(), minlength=rows.shape[0] * columns).view(-1, columns).cpu()
+        if rows.is_cpu and rows.shape[1] >= _LONG_ROW:
+            count = engine_for(rows).abs_histogram
+            counts = torch.stack([count(row, one, columns)[0] for row, one in zip(rows, used.tolist(), strict=True)])
+        else:
+            values = comparable(rows)
+            index = bin_index(values, used[:, None].to(values.dtype)).clamp_(max=columns - 1)
+            index += columns * torch.arange(rows.shape[0], device=rows.device)[:, None]
+            counts = torch.bincount(index.flatten(), minlength=rows.shape[0] * columns).view(-1, columns).cpu()
         width = width.cpu()
         if self.method == "percentile":
             share = torch.cumsum(counts.to(torch.float64), 1) / counts.sum(1, keepdim=True).to(torch.float64)

@@ -79,10 +79,14 @@ def check_float16_scale(amax: Tensor, fmt: IntFormat) -> None:
 def check_step_size(step_size: Tensor) -> None:
     """Raises ``ValueError`` where a step size is 0 or negative. NaN passes: it marks its values."""
     if not unreadable(step_size):
-        _refuse_if(lambda: step_size <= 0, step_size.device, STEP_SIZE_NOT_POSITIVE, lambda: ValueError(STEP_SIZE_NOT_POSITIVE))
+        _refuse_if(
+            lambda: step_size <= 0, step_size.device, STEP_SIZE_NOT_POSITIVE, lambda: ValueError(STEP_SIZE_NOT_POSITIVE)
+        )
 
 
 def check_range(min_range: Tensor, max_range: Tensor) -> None:
     """Raises ``ValueError`` where ``min_range`` exceeds ``max_range``."""
     if not unreadable(min_range) and not unreadable(max_range):
-        _refuse_if(lambda: min_range > max_range, min_range.device, UNORDERED_RANGE, lambda: ValueError(UNORDERED_RANGE))
+        _refuse_if(
+            lambda: min_range > max_range, min_range.device, UNORDERED_RANGE, lambda: ValueError(UNORDERED_RANGE)
+        )

@@ -18,7 +18,10 @@ from ..formats import FloatFormat, IntFormat
 from . import checks, reference
 from .layout import Layout, block_layout, broadcast_layout, is_dense, per_tensor
 from .native import DTYPES, NEGATIVE_INPUT, NEGATIVE_PARAMETER, NO_MEMORY, UNORDERED_RANGE, library
-from .reference import check_broadcast, compute_dtype, expand_blocks
+from .reference import compute_dtype, expand_blocks
+
+# A negative amax, a step size that is not positive, a negative input of unsigned quantization.
+REFUSES_BAD_VALUES = True
 
 _kernels: Any = library().functions
 _threads = torch.get_num_threads
@@ -290,9 +293,7 @@ def affine_gradient(
     return out
 
 
-def range_gradient(
-    grad: Tensor, inputs: Tensor, min_range: Tensor, max_range: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def range_gradient(grad: Tensor, inputs: Tensor, min_range: Tensor, max_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`qdq.kernels.reference.range_gradient`."""
     if _differ(grad, inputs) or min_range.numel() != 1 or max_range.numel() != 1:
         return reference.range_gradient(grad, inputs, min_range, max_range)

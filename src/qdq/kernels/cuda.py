@@ -44,7 +44,7 @@ def available() -> tuple[bool, str]:
         have, least = (".".join(map(str, version)) for version in (capability, _LEAST_CAPABILITY))
         return False, f"{name} has compute capability {have}, and Triton needs {least}."
     try:
-        import triton
+        import triton  # pyright: ignore[reportMissingImports]  # optional
     except Exception as error:  # a broken installation raises anything
         return False, f"Triton cannot be imported: {error}."
     return True, f"Triton {triton.__version__} compiles the kernels for {name}."
@@ -155,7 +155,8 @@ def affine_fake_quantize(
 def range_fake_quantize(inputs: Tensor, min_range: Tensor, max_range: Tensor, num_bits: int) -> Tensor:
     """:func:`qdq.kernels.reference.range_fake_quantize`."""
     if num_bits < 1:
-        return reference.range_fake_quantize(inputs, *(_parameter(p, inputs) for p in (min_range, max_range)), num_bits)
+        low, high = _parameter(min_range, inputs), _parameter(max_range, inputs)
+        return reference.range_fake_quantize(inputs, low, high, num_bits)
     half = 2 ** (num_bits - 1)
     return _elementwise("range", inputs, "min_range max_range", None, min_range, max_range, lo=-half, hi=half - 1)
 
@@ -203,9 +204,7 @@ def affine_gradient(
     return _elementwise("affine_gradient", inputs, names, block_size, step_size, zero_point, grad=grad, lo=lo, hi=hi)
 
 
-def range_gradient(
-    grad: Tensor, inputs: Tensor, min_range: Tensor, max_range: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def range_gradient(grad: Tensor, inputs: Tensor, min_range: Tensor, max_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`qdq.kernels.reference.range_gradient`; with ranges of more than one value, the sums are PyTorch's."""
     if _unpaired(grad, inputs) or min_range.numel() != 1 or max_range.numel() != 1:
         return reference.range_gradient(grad, inputs, *(_parameter(p, inputs) for p in (min_range, max_range)))

@@ -130,6 +130,11 @@ def is_plain(x: Any) -> bool:
     return type(x) in _PLAIN and x.layout is _STRIDED and not _transforming() and not _modes()
 
 
+def reads_values(run: Any) -> bool:
+    """True for an engine that refuses bad values itself, as it reads them anyway."""
+    return getattr(run, "REFUSES_BAD_VALUES", False)
+
+
 def for_tensor(x: Tensor) -> ModuleType:
     """The engine that computes operations on ``x``.
 

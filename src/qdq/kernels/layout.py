@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -51,8 +50,10 @@ def broadcast_layout(x: Tensor, parameter: Tensor) -> tuple[Layout, Tensor]:
     Where the axes that the parameter varies over are not neighbours in memory, it is repeated along those between.
     """
     n = x.numel()
-    if parameter.numel() == 1 or n == 0:
+    if parameter.numel() == 1:
         return per_tensor(n), parameter
+    if n == 0:
+        return Layout(0, 0, 0, parameter.numel()), parameter.contiguous()
     full = parameter.reshape((1,) * (x.dim() - parameter.dim()) + tuple(parameter.shape))
     order = [axis for axis in memory_order(x) if x.shape[axis] != 1]
     varying = [place for place, axis in enumerate(order) if full.shape[axis] != 1]
@@ -71,11 +72,11 @@ def broadcast_layout(x: Tensor, parameter: Tensor) -> tuple[Layout, Tensor]:
 def block_layout(x: Tensor, parameter: Tensor, block_size: int) -> tuple[Layout, Tensor]:
     """The layout of contiguous ``x`` with a parameter for every ``block_size`` elements of the last axis."""
     n = x.numel()
-    if parameter.numel() == 1 or n == 0:
+    if parameter.numel() == 1:
         return per_tensor(n), parameter
+    if n == 0:
+        return Layout(0, 0, 0, parameter.numel()), parameter.contiguous()
     row = x.shape[-1]
     blocks = (*x.shape[:-1], -(-row // block_size))
     values = parameter.expand(blocks).reshape(-1).contiguous()
     return Layout(n, row, min(block_size, row), values.numel()), values
-
-

@@ -4,40 +4,34 @@
 parameters are read and prepared once a row. ``columns``: neighbours have different parameters, which repeat with a
 period; a program holds some columns of the matrix whose rows are periods, and prepares parameters once a column.
 """
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..formats import FloatFormat
 from .layout import Layout
+from .triton_launch import (
+    COMPUTE_TYPES,
+    SHORT_ROW,
+    ceil_div,
+    elements_of,
+    has_fast_doubles,
+    is_wide,
+    launch,
+    period_of,
+    tile_of,
+)
 from .triton_operations import apply, passes, prepare
 from .triton_values import narrow, widen
 
-# Elements of float32 in a program: 16 for each thread, in loads of 128 bits.
-_ELEMENTS = 2048
-WARPS = 4
 _PERIODS = 8
-# From here on, 32-bit places could overflow.
-WIDE_FROM = 2**30
-# Compute capabilities with at least half as many operations in float64 as in float32.
-_FAST_DOUBLES = ((7, 0), (8, 0), (9, 0), (10, 0))
-# Rows shorter than this are read as columns.
-_SHORT = 16
-
-COMPUTE_TYPES = {
-    torch.float16: tl.float32,
-    torch.bfloat16: tl.float32,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 @triton.jit
@@ -146,7 +140,9 @@ def _rows(
     if parts > 1:
         inside = inside & (column[None, :] < length[:, None])
     places = start[:, None] + column[None, :]
-    _transfer(x, g, out, p, q, r, s, places, inside, OP, LO, HI, MAXIMUM, MIN_EXPONENT, MANTISSA_BITS, GRADIENT, COMPUTE)
+    _transfer(
+        x, g, out, p, q, r, s, places, inside, OP, LO, HI, MAXIMUM, MIN_EXPONENT, MANTISSA_BITS, GRADIENT, COMPUTE
+    )
 
 
 @triton.jit
@@ -191,42 +187,6 @@ def _columns(
         )
 
 
-@functools.lru_cache(maxsize=1024)
-def tile_of(inner: int, elements: int) -> tuple[int, int]:
-    """Rows and width of a tile for rows of ``inner`` elements: the widest that wastes little, else what wastes least."""
-    best, least = _SHORT, math.inf
-    width = elements
-    while width >= _SHORT:
-        waste = -(-inner // width) * width / inner
-        if waste <= 1.1:
-            return elements // width, width
-        if waste < least:
-            best, least = width, waste
-        width //= 2
-    return elements // best, best
-
-
-@functools.lru_cache(maxsize=1024)
-def period_of(n: int, row: int) -> int:
-    """The elements after which parameters repeat: a multiple of ``row`` that keeps loads aligned and fills programs."""
-    aligned = row * (16 // math.gcd(row, 16))
-    period = aligned * -(-1024 // aligned)
-    return period if 2 * period <= n else n
-
-
-def elements_of(x: Tensor) -> int:
-    """Elements that a program holds: 8 KiB of them."""
-    return _ELEMENTS * 4 // max(2, x.element_size())
-
-
-@functools.lru_cache(maxsize=64)
-def has_fast_doubles(device: torch.device) -> bool:
-    """True where float64 is fast enough to divide float32 with: on NVIDIA's devices for data centers."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) in _FAST_DOUBLES
-
-
 def run_elementwise(
     op: str,
     x: Tensor,
@@ -240,7 +200,7 @@ def run_elementwise(
     hi: int = 0,
     fmt: FloatFormat | None = None,
 ) -> None:
-    """Compute ``op`` of :mod:`qdq.kernels.triton_operations` from ``x`` into ``out``: both dense, in one order of memory.
+    """Compute ``op`` of :mod:`qdq.kernels.triton_operations` from ``x`` into ``out``, dense and in one order of memory.
 
     ``a`` and ``b`` are the parameters in the order of memory, as ``layout`` counts them. With ``grad``, ``op`` says
     where it passes.
@@ -259,28 +219,27 @@ def run_elementwise(
         "GRADIENT": grad is not None,
         "COMPUTE": COMPUTE_TYPES[x.dtype],
         "DOUBLES": has_fast_doubles(x.device),
-        "WIDE": layout.n >= WIDE_FROM,
-        "num_warps": WARPS,
-        "enable_fp_fusion": False,
+        "WIDE": is_wide(layout.n),
     }
     n, row, inner, count = layout
     elements = elements_of(x)
-    with torch.cuda.device_of(x):
-        if a is None or count == 1:
-            _flat[(triton.cdiv(n, elements),)](*tensors, n, PARAMETERS=a is not None, BLOCK=elements, **constants)
-        elif inner >= _SHORT or row % inner != 0:
-            parts = 1 if row % inner == 0 else triton.cdiv(row, inner)
-            rows = n // inner if parts == 1 else n // row * parts
-            height, width = tile_of(inner, elements)
-            tiles = triton.cdiv(inner, width)
-            grid = (triton.cdiv(rows, height) * tiles,)
-            length = inner if parts == 1 else row
-            _rows[grid](*tensors, rows, inner, count, length, parts, tiles, ROWS=height, WIDTH=width, **constants)
-        else:
-            period = period_of(n, row)
-            block = min(elements, 1024)
-            tiles = triton.cdiv(period, block)
-            matrix_rows = triton.cdiv(n, period)
-            periods = _PERIODS if matrix_rows >= _PERIODS else 1
-            grid = (triton.cdiv(matrix_rows, periods) * tiles,)
-            _columns[grid](*tensors, n, period, inner, count, tiles, PERIODS=periods, BLOCK=block, **constants)
+    if a is None or count == 1:
+        programs = ceil_div(n, elements)
+        launch(_flat, programs, *tensors, n, PARAMETERS=a is not None, BLOCK=elements, **constants)
+    elif inner >= SHORT_ROW or row % inner != 0:
+        parts = 1 if row % inner == 0 else ceil_div(row, inner)
+        rows = n // inner if parts == 1 else n // row * parts
+        height, width = tile_of(inner, elements)
+        tiles = ceil_div(inner, width)
+        programs = ceil_div(rows, height) * tiles
+        sizes = (rows, inner, count, inner if parts == 1 else row, parts, tiles)
+        launch(_rows, programs, *tensors, *sizes, ROWS=height, WIDTH=width, **constants)
+    else:
+        period = period_of(n, row)
+        block = min(elements, 1024)
+        tiles = ceil_div(period, block)
+        matrix_rows = ceil_div(n, period)
+        periods = _PERIODS if matrix_rows >= _PERIODS else 1
+        programs = ceil_div(matrix_rows, periods) * tiles
+        sizes = (n, period, inner, count, tiles)
+        launch(_columns, programs, *tensors, *sizes, PERIODS=periods, BLOCK=block, **constants)

@@ -1,4 +1,6 @@
 """Triton: rounding to small floating-point formats and to powers of two, by the bits of float32 and float64."""
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def nearest_float(x, MAXIMUM: tl.constexpr, MIN_EXPONENT: tl.constexpr, MANTISSA
 
 @triton.jit
 def nearest_e8m0(x):
-    """The nearest power of two from 2**-127 to 2**127, halves up (see the reference at the low end); NaN for negative values and above."""
+    """The nearest power of two from 2**-127 to 2**127, halves up; NaN for negative values and above.
+
+    The reference says more about the low end.
+    """
     # Adding half of the last place of the exponent carries into it from 1.5 times a power of two on.
     if x.dtype == tl.float64:
         bits = (x.to(tl.int64, bitcast=True) + 0x8000000000000) & 0x7FF0000000000000

@@ -1,4 +1,6 @@
 """Triton: the gradient of a range with learned ends: what passes, and the sums of the rest, in one pass."""
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_elementwise import COMPUTE_TYPES, WARPS, WIDE_FROM
+from .triton_launch import COMPUTE_TYPES, ceil_div, is_wide, launch
 from .triton_values import widen
 
 _BLOCK = 1024
@@ -66,25 +68,10 @@ def run_range_gradient(grad: Tensor, x: Tensor, out: Tensor, low: Tensor, high: 
         float64 of two elements: the sums of ``grad`` below and above the range. The order of summation is fixed.
     """
     n = x.numel()
-    programs = triton.cdiv(n, _BLOCK * _STEPS)
+    programs = ceil_div(n, _BLOCK * _STEPS)
     sums = torch.empty(2, programs, dtype=torch.float64, device=x.device)
     if programs:
-        with torch.cuda.device_of(x):
-            _range_sums[(programs,)](
-                x,
-                grad,
-                out,
-                low,
-                high,
-                sums,
-                n,
-                programs,
-                CLOSED=closed,
-                COMPUTE=COMPUTE_TYPES[x.dtype],
-                WIDE=n >= WIDE_FROM,
-                BLOCK=_BLOCK,
-                STEPS=_STEPS,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+        tensors = (x, grad, out, low, high, sums)
+        constants = {"CLOSED": closed, "COMPUTE": COMPUTE_TYPES[x.dtype], "WIDE": is_wide(n)}
+        launch(_range_sums, programs, *tensors, n, programs, BLOCK=_BLOCK, STEPS=_STEPS, **constants)
     return sums.sum(1)

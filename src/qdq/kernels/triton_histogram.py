@@ -1,4 +1,6 @@
 """Triton: histograms with int64 counts. Each program counts in shared memory and adds what it found to the whole."""
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_elementwise import WARPS, WIDE_FROM
+from .triton_launch import ceil_div, is_wide, launch
 from .triton_values import widen
 
 _BLOCK = 2048
+# Blocks that one program counts: more where there are enough to keep a device busy.
 _STEPS = 16
+_MANY = 2**20
 # The most bins that fit into the shared memory of every supported device; more are counted in global memory.
 _SHARED_BINS = 4096
 
@@ -68,12 +72,17 @@ def _count(
         if SHARED:
             found += tl.histogram(index, BINS, mask=inside)
         else:
-            tl.atomic_add(counts + index, tl.full((BLOCK,), 1, tl.int64), mask=inside, sem="relaxed")
+            # Zeros are added below: what a ReLU leaves would queue for one address.
+            one = tl.full((BLOCK,), 1, tl.int64)
+            tl.atomic_add(counts + index, one, mask=inside & (values != 0.0), sem="relaxed")
+    all_zeros = tl.sum(zeros, axis=0).to(tl.int64)
     if SHARED:
         bins = tl.arange(0, BINS)
         tl.atomic_add(counts + bins, found.to(tl.int64), mask=(bins < num_bins) & (found > 0), sem="relaxed")
+    else:
+        tl.atomic_add(counts - first, all_zeros, mask=(first <= 0) & (-first < num_bins), sem="relaxed")
     tl.atomic_add(counts + num_bins, tl.sum(left_out, axis=0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts + num_bins + 1, tl.sum(zeros, axis=0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + num_bins + 1, all_zeros, sem="relaxed")
 
 
 def _bits(value: float) -> int:
@@ -90,23 +99,8 @@ def run_histogram(x: Tensor, width: float, first: int, num_bins: int, end: float
     n = x.numel()
     if n:
         bins = max(32, triton.next_power_of_2(num_bins))
-        with torch.cuda.device_of(x):
-            _count[(triton.cdiv(n, _BLOCK * _STEPS),)](
-                x,
-                counts,
-                n,
-                _bits(width),
-                _bits(1.0 / width),
-                _bits(0.0 if end is None else end),
-                first,
-                num_bins,
-                ABSOLUTE=end is not None,
-                SHARED=bins <= _SHARED_BINS,
-                BINS=bins,
-                WIDE=n >= WIDE_FROM,
-                BLOCK=_BLOCK,
-                STEPS=_STEPS,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+        numbers = (_bits(width), _bits(1.0 / width), _bits(0.0 if end is None else end), first, num_bins)
+        constants = {"ABSOLUTE": end is not None, "SHARED": bins <= _SHARED_BINS, "BINS": bins, "WIDE": is_wide(n)}
+        steps = _STEPS if n >= _MANY else 1
+        launch(_count, ceil_div(n, _BLOCK * steps), x, counts, n, *numbers, BLOCK=_BLOCK, STEPS=steps, **constants)
     return counts

@@ -3,6 +3,8 @@
 ``prepare`` turns the parameters ``a`` and ``b`` of a value (amax; step size and zero point; both ends of a range) into
 the four numbers that ``apply`` and ``passes`` compute with: once for all the values that share the parameters.
 """
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 

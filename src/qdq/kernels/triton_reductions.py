@@ -3,6 +3,8 @@
 Floating-point numbers are compared as integers of the same order (the bits, those of negative numbers inverted below
 the sign). NaN becomes the largest of them, so that it wins; maxima of integers can be joined by atomics in any order.
 """
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Layout
-from .triton_elementwise import COMPUTE_TYPES, WARPS, WIDE_FROM, elements_of, period_of, tile_of
+from .triton_launch import COMPUTE_TYPES, SHORT_ROW, ceil_div, elements_of, is_wide, launch, period_of, tile_of
 from .triton_values import narrow, widen
 
 _STEPS = 4
-_PERIODS = 32
+_PERIODS = (32, 8, 2, 1)
 
 
 @triton.jit
@@ -144,21 +146,24 @@ def _columns(
 
 
 @triton.jit
-def _decode(keys, low, high, count, ABSOLUTE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + place, mask=place < count)
-    if COMPUTE == tl.float64:
+def _value(key):
+    """The float32 or float64 whose key in an int32 or int64 it is."""
+    if key.dtype == tl.int64:
         value = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
     else:
         value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    tl.store(high + place, narrow(value, high.dtype.element_ty), mask=place < count)
+    return value
+
+
+@triton.jit
+def _decode(keys, low, high, count, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = place < count
+    largest = _value(tl.load(keys + place, mask=exists))
+    tl.store(high + place, narrow(largest, high.dtype.element_ty), mask=exists)
     if not ABSOLUTE:
-        key = ~tl.load(keys + count + place, mask=place < count)
-        if COMPUTE == tl.float64:
-            value = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
-        else:
-            value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(low + place, narrow(value, low.dtype.element_ty), mask=place < count)
+        smallest = _value(~tl.load(keys + count + place, mask=exists))
+        tl.store(low + place, narrow(smallest, low.dtype.element_ty), mask=exists)
 
 
 def run_extrema(x: Tensor, layout: Layout, low: Tensor | None, high: Tensor) -> None:
@@ -174,27 +179,21 @@ def run_extrema(x: Tensor, layout: Layout, low: Tensor | None, high: Tensor) -> 
     else:
         keys = torch.full((2 * count,), torch.iinfo(whole).min, dtype=whole, device=x.device)
     elements = elements_of(x)
-    constants: dict[str, Any] = {"ABSOLUTE": absolute, "COMPUTE": COMPUTE_TYPES[x.dtype], "num_warps": WARPS}
-    wide = n >= WIDE_FROM
-    with torch.cuda.device_of(x):
-        if n == 0:
-            pass
-        elif count == 1:
-            grid = (triton.cdiv(n, elements * _STEPS),)
-            _flat[grid](x, keys, n, WIDE=wide, BLOCK=elements, STEPS=_STEPS, **constants)
-        else:
-            period = period_of(n, row)
-            # A column of less than a few elements is better read as a part of its row.
-            if inner >= 16 or (inner > 1 and period * 4 > n):
-                height, width = tile_of(inner, elements)
-                rows, tiles = n // inner, triton.cdiv(inner, width)
-                grid = (triton.cdiv(rows, height) * tiles,)
-                _rows[grid](x, keys, rows, inner, count, tiles, WIDE=wide, ROWS=height, WIDTH=width, **constants)
-            else:
-                block = min(elements, 1024)
-                tiles, periods = triton.cdiv(period, block), min(_PERIODS, triton.next_power_of_2(n // period))
-                grid = (triton.cdiv(triton.cdiv(n, period), periods) * tiles,)
-                _columns[grid](
-                    x, keys, n, period, inner, count, tiles, WIDE=wide, PERIODS=periods, BLOCK=block, **constants
-                )
-        _decode[(triton.cdiv(count, 256),)](keys, high if low is None else low, high, count, BLOCK=256, **constants)
+    constants: dict[str, Any] = {"ABSOLUTE": absolute, "COMPUTE": COMPUTE_TYPES[x.dtype], "WIDE": is_wide(n)}
+    if n and count == 1:
+        programs = ceil_div(n, elements * _STEPS)
+        launch(_flat, programs, x, keys, n, BLOCK=elements, STEPS=_STEPS, **constants)
+    # A column of a few elements is better read as a part of its row.
+    elif n and (inner >= SHORT_ROW or (inner > 1 and period_of(n, row) * 4 > n)):
+        height, width = tile_of(inner, elements)
+        rows, tiles = n // inner, ceil_div(inner, width)
+        programs = ceil_div(rows, height) * tiles
+        launch(_rows, programs, x, keys, rows, inner, count, tiles, ROWS=height, WIDTH=width, **constants)
+    elif n:
+        period, block = period_of(n, row), min(elements, 1024)
+        tiles, matrix_rows = ceil_div(period, block), ceil_div(n, period)
+        periods = next(periods for periods in _PERIODS if periods <= matrix_rows)
+        programs = ceil_div(matrix_rows, periods) * tiles
+        sizes = (n, period, inner, count, tiles)
+        launch(_columns, programs, x, keys, *sizes, PERIODS=periods, BLOCK=block, **constants)
+    launch(_decode, ceil_div(count, 256), keys, high if low is None else low, high, count, absolute, 256)

@@ -3,6 +3,8 @@
 Every kernel must be launched with ``enable_fp_fusion=False``: a product fused with the sum that rounds it would be
 rounded once instead of twice.
 """
+# pyright: reportMissingImports=false
+# Triton has wheels for Linux only; nothing imports this file without it.
 
 from __future__ import annotations
 
