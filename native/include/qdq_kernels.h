@@ -54,6 +54,17 @@ QDQ_EXPORT int qdq_openmp(void);
 QDQ_EXPORT int qdq_symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int64_t row, int64_t inner,
                              int64_t count, const void* amax, double lo, double bound, int threads);
 
+// The same with one amax, not to codes, its arguments in one block of memory: passing them one by one takes longer than
+// quantizing a small tensor.
+typedef struct {
+    const void* x;
+    void* out;
+    const void* amax;
+    int64_t n, dtype, threads;
+    double lo, bound;
+} QdqFakeTensor;
+QDQ_EXPORT int qdq_fake_tensor(const void* arguments);
+
 // clamp(round(x / step) + zero, lo, hi), of the compute type, where `codes` is 1; else (that - zero) * step, of `dtype`.
 QDQ_EXPORT int qdq_affine(int dtype, int codes, const void* x, void* out, int64_t n, int64_t row, int64_t inner,
                           int64_t count, const void* step, const void* zero, double lo, double hi, int threads);
@@ -75,6 +86,15 @@ QDQ_EXPORT int qdq_e8m0(int dtype, const void* x, void* out, int64_t n, int thre
 // grad where |x| <= amax, else 0.
 QDQ_EXPORT int qdq_symmetric_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row,
                                       int64_t inner, int64_t count, const void* amax, int threads);
+
+// The same with one amax, as qdq_fake_tensor.
+typedef struct {
+    const void *grad, *x;
+    void* out;
+    const void* amax;
+    int64_t n, dtype, threads;
+} QdqTensorGradient;
+QDQ_EXPORT int qdq_tensor_gradient(const void* arguments);
 
 // grad where (lo - zero) * step <= x <= (hi - zero) * step, else 0.
 QDQ_EXPORT int qdq_affine_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row,

@@ -65,6 +65,13 @@ int qdq_symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int
     return current->symmetric(dtype, codes, x, out, n, row, inner, count, amax, lo, bound, threads);
 }
 
+int qdq_fake_tensor(const void* arguments) {
+    QdqFakeTensor call;
+    std::memcpy(&call, arguments, sizeof call);
+    return current->symmetric(static_cast<int>(call.dtype), 0, call.x, call.out, call.n, call.n, call.n, 1, call.amax,
+                              call.lo, call.bound, static_cast<int>(call.threads));
+}
+
 int qdq_affine(int dtype, int codes, const void* x, void* out, int64_t n, int64_t row, int64_t inner, int64_t count,
                const void* step, const void* zero, double lo, double hi, int threads) {
     return current->affine(dtype, codes, x, out, n, row, inner, count, step, zero, lo, hi, threads);
@@ -88,6 +95,13 @@ int qdq_e8m0(int dtype, const void* x, void* out, int64_t n, int threads) {
 int qdq_symmetric_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row, int64_t inner,
                            int64_t count, const void* amax, int threads) {
     return current->symmetric_gradient(dtype, grad, x, out, n, row, inner, count, amax, threads);
+}
+
+int qdq_tensor_gradient(const void* arguments) {
+    QdqTensorGradient call;
+    std::memcpy(&call, arguments, sizeof call);
+    return current->symmetric_gradient(static_cast<int>(call.dtype), call.grad, call.x, call.out, call.n, call.n,
+                                       call.n, 1, call.amax, static_cast<int>(call.threads));
 }
 
 int qdq_affine_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row, int64_t inner,

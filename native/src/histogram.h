@@ -199,6 +199,8 @@ class Counter {
         for (int t = 0; t < tables_; ++t) {
             const uint32_t* table = table_.data() + t * stride_;
             for (int64_t k = 0; k < bins_.count; ++k) counts_[static_cast<size_t>(k)] += table[k];
+            // Beyond the last edge, but not beyond the end.
+            counts_[static_cast<size_t>(bins_.count - 1)] += table[bins_.count];
             outside_ += table[bins_.count + 1];
         }
         std::fill(table_.begin(), table_.end(), 0u);

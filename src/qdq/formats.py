@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_INTEGER_BITS = 32
 
@@ -24,6 +24,14 @@ class IntFormat:
     num_bits: int = 8
     unsigned: bool = False
     narrow_range: bool = False
+    # Bits that hold the magnitude: all but the sign bit.
+    magnitude_bits: int = field(init=False, repr=False, compare=False)
+    # True where no code but 0 exists.
+    degenerate: bool = field(init=False, repr=False, compare=False)
+    # The largest code, which amax maps to; also as `hi`.
+    bound: int = field(init=False, repr=False, compare=False)
+    lo: int = field(init=False, repr=False, compare=False)
+    hi: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -35,33 +43,15 @@ class IntFormat:
         object.__setattr__(self, "num_bits", bits)
         object.__setattr__(self, "unsigned", bool(self.unsigned))
         object.__setattr__(self, "narrow_range", bool(self.narrow_range))
-
-    @property
-    def magnitude_bits(self) -> int:
-        """Bits that hold the magnitude: all but the sign bit."""
-        return self.num_bits - 1 + self.unsigned
-
-    @property
-    def degenerate(self) -> bool:
-        """True where no code but 0 exists."""
-        return self.magnitude_bits <= 0
-
-    @property
-    def bound(self) -> int:
-        """The largest code; amax maps to it."""
-        return 0 if self.degenerate else 2**self.magnitude_bits - 1
-
-    @property
-    def hi(self) -> int:
-        """The largest code."""
-        return self.bound
-
-    @property
-    def lo(self) -> int:
-        """The smallest code."""
-        if self.unsigned or self.degenerate:
-            return 0
-        return -self.bound if self.narrow_range else -self.bound - 1
+        magnitude_bits = bits - 1 + self.unsigned
+        degenerate = magnitude_bits <= 0
+        bound = 0 if degenerate else 2**magnitude_bits - 1
+        # Kept, as computing them would take longer than quantizing a small tensor.
+        object.__setattr__(self, "magnitude_bits", magnitude_bits)
+        object.__setattr__(self, "degenerate", degenerate)
+        object.__setattr__(self, "bound", bound)
+        object.__setattr__(self, "hi", bound)
+        object.__setattr__(self, "lo", 0 if self.unsigned or degenerate else -bound - (not self.narrow_range))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from .formats import E4M3
 from .kernels import checks, engine, operations, reference
 from .onnx_form import exports_to_onnx, fake_quantize_as_onnx, reading_sizes
 from .straight_through import (
-    EagerFakeQuantizeAffine,
-    EagerFakeTensorQuant,
     FakeAffineTensorQuantFunction,
     FakeQuantizeAffineFunction,
     FakeTensorQuantFunction,
@@ -29,18 +27,11 @@ from .straight_through import (
     as_parameter,
     check_e4m3,
     check_symmetric,
-    engine_of,
+    eager_fake_quantize_affine,
+    eager_fake_tensor_quant,
+    eager_format,
     require_tensors,
 )
-
-
-def _eager_engine(inputs: Any, *parameters: Any) -> Any:
-    """The engine of a plain eager call, or None: something traces, transforms, or differentiates forward."""
-    # Inside forward-mode differentiation the level is 0 or more; the classes refuse it.
-    if torch.compiler.is_compiling() or not isinstance(inputs, Tensor) or forward_ad._current_level >= 0:
-        return None
-    run = engine_of(inputs, *parameters)
-    return None if run is reference else run
 
 
 def _call(function: Any, inputs: Tensor, *arguments: Any) -> Any:
@@ -146,12 +137,15 @@ def fake_tensor_quant(
     The scale stays in the compute dtype, so that a small amax does not overflow float16. Arguments and errors are
     those of :func:`tensor_quant`, without its two about what the dtype of ``inputs`` can hold.
     """
-    amax = as_parameter(amax, inputs)
-    run = _eager_engine(inputs, amax)
+    if not isinstance(amax, Tensor):
+        amax = as_parameter(amax, inputs)
+    run = engine.of_eager_call(inputs, amax)
     if run is not None:
-        fmt = check_symmetric(run, inputs, amax, num_bits, unsigned, narrow_range, block_size)
-        if torch.is_grad_enabled() and (inputs.requires_grad or amax.requires_grad):
-            return EagerFakeTensorQuant.apply(run, inputs, amax, fmt, block_size)
+        fmt = eager_format(run, amax, num_bits, unsigned, narrow_range)
+        if fmt is None:
+            fmt = check_symmetric(run, inputs, amax, num_bits, unsigned, narrow_range, block_size)
+        if (inputs.requires_grad or amax.requires_grad) and torch.is_grad_enabled():
+            return eager_fake_tensor_quant(inputs, amax, run, fmt, block_size)
         return run.symmetric_fake_quantize(inputs, amax, fmt, block_size)
     if torch.compiler.is_exporting():
         return _exported_fake_quant(inputs, amax, num_bits, unsigned, narrow_range, block_size)
@@ -231,12 +225,12 @@ def fake_quantize_affine(
     if lo >= hi:
         raise ValueError(f"lo must be below hi, got lo={lo} and hi={hi}")
     step, zero = as_parameter(step_size, inputs), as_parameter(zero_point, inputs)
-    run = _eager_engine(inputs, step, zero)
-    if run is not None:
-        if not engine.reads_values(run):
+    run = engine.of_eager_call(inputs, step)
+    if run is not None and engine.is_plain(zero):
+        if not run.REFUSES_BAD_VALUES:
             checks.check_step_size(step)
-        if torch.is_grad_enabled() and (inputs.requires_grad or step.requires_grad or zero.requires_grad):
-            return EagerFakeQuantizeAffine.apply(run, inputs, step, zero, lo, hi, block_size)
+        if (inputs.requires_grad or step.requires_grad or zero.requires_grad) and torch.is_grad_enabled():
+            return eager_fake_quantize_affine(inputs, step, zero, run, lo, hi, block_size)
         return run.affine_fake_quantize(inputs, step, zero, lo, hi, block_size)
     if torch.compiler.is_exporting() and not exports_to_onnx():
         require_tensors(inputs=inputs)

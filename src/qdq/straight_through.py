@@ -42,12 +42,21 @@ _cached_format = lru_cache(maxsize=256, typed=True)(IntFormat)
 
 def int_format(num_bits: int, unsigned: bool, narrow_range: bool) -> IntFormat:
     """The format; building one anew would take longer than quantizing a small tensor."""
-    if torch.compiler.is_compiling():  # it warns of a cache
-        return IntFormat(num_bits, unsigned, narrow_range)
+    if not torch.compiler.is_compiling():  # a compiler warns of the cache
+        try:  # `suppress` would take longer than the look-up
+            return _cached_format(num_bits, unsigned, narrow_range)
+        except TypeError:
+            pass  # no number at all: IntFormat says so
+    return IntFormat(num_bits, unsigned, narrow_range)
+
+
+def eager_format(run: Any, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> IntFormat | None:
+    """The format where the engine will refuse what is left to refuse; None where :func:`check_symmetric` must."""
     try:
-        return _cached_format(num_bits, unsigned, narrow_range)
-    except TypeError:  # no number at all, or nothing that can be looked up: IntFormat says what is wrong
-        return IntFormat(num_bits, unsigned, narrow_range)
+        fmt = _cached_format(num_bits, unsigned, narrow_range)
+    except TypeError:
+        return None
+    return fmt if run.REFUSES_BAD_VALUES and amax.is_floating_point() and not fmt.degenerate else None
 
 
 def check_symmetric(
@@ -57,9 +66,9 @@ def check_symmetric(
     if not isinstance(amax, Tensor):
         require_tensors(amax=amax)
     fmt = int_format(num_bits, unsigned, narrow_range)
-    if not amax.dtype.is_floating_point:
+    if not amax.is_floating_point():
         raise TypeError(f"amax must be a floating-point tensor, got {amax.dtype}")
-    if engine.reads_values(run) and not fmt.degenerate:
+    if run.REFUSES_BAD_VALUES and not fmt.degenerate:
         return fmt
     reference.compute_dtype(inputs.dtype)
     reference.expand_blocks(inputs, amax, block_size, "amax")
@@ -174,24 +183,41 @@ class FakeTensorQuantFunction(_SymmetricFunction):
         return onnx_torchscript.fake_quantize(g, inputs, amax, num_bits, unsigned, narrow_range)
 
 
-class EagerFakeTensorQuant(Function):
-    """:class:`FakeTensorQuantFunction` in the old form, which starts in a quarter of the time.
+# Functions in the old form start in a fraction of the time. `torch.func` and compilers refuse this form; only eager
+# calls may come here, so what `Function.apply` does for `torch.func` is left out, too.
 
-    ``torch.func`` and compilers refuse this form; eager calls are all that comes here.
-    """
+
+class _EagerFakeTensorQuant(Function):
+    """:class:`FakeTensorQuantFunction` for eager calls."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, amax: Tensor, run: Any, fmt: IntFormat, block_size: int | None) -> Tensor:
         ctx.save_for_backward(inputs, amax)
-        ctx.block_size = block_size
+        if block_size is not None:
+            ctx.block_size = block_size
         return run.symmetric_fake_quantize(inputs, amax, fmt, block_size)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         inputs, amax = ctx.saved_tensors
-        gradient = _gradients(grad).symmetric_gradient(grad, inputs, amax, ctx.block_size)
-        return None, gradient, None, None, None
+        block_size = getattr(ctx, "block_size", None)
+        return _gradients(grad).symmetric_gradient(grad, inputs, amax, block_size), None, None, None, None
+
+
+_recorded_fake_tensor_quant: Any = super(Function, _EagerFakeTensorQuant).apply
+# Up to here a second pass over the values costs less than Python's part in a Function of its own.
+_FEW_ELEMENTS = 8192
+
+
+def eager_fake_tensor_quant(inputs: Tensor, amax: Tensor, run: Any, fmt: IntFormat, block_size: int | None) -> Tensor:
+    """Fake quantization with its gradient recorded, of plain tensors on a fast engine."""
+    if inputs.numel() <= _FEW_ELEMENTS and run.IN_PLACE and not amax.requires_grad and run.is_simple(inputs, amax):
+        # Clamping at amax has the very same gradient, in PyTorch's own code, and keeps its input for it, not its
+        # result: that is memory which the quantized values may fill.
+        largest = amax.item()
+        return run.fill_fake_quantized(torch.clamp(inputs, -largest, largest), inputs, amax, fmt)
+    return _recorded_fake_tensor_quant(inputs, amax, run, fmt, block_size)
 
 
 class LegacyFakeTensorQuantFunction(FakeTensorQuantFunction):
@@ -261,7 +287,7 @@ class FakeQuantizeAffineFunction(Function):
         inputs: Tensor, step_size: Tensor, zero_point: Tensor, lo: int, hi: int, block_size: int | None = None
     ) -> Tensor:
         run = engine_of(inputs, step_size, zero_point)
-        if not engine.reads_values(run):
+        if not run.REFUSES_BAD_VALUES:
             checks.check_step_size(step_size)
         return run.affine_fake_quantize(inputs, step_size, zero_point, lo, hi, block_size)
 
@@ -276,17 +302,28 @@ class FakeQuantizeAffineFunction(Function):
         return _gradients(grad).affine_gradient(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 5
 
 
-class EagerFakeQuantizeAffine(Function):
-    """:class:`FakeQuantizeAffineFunction` in the old form, as :class:`EagerFakeTensorQuant`."""
+class _EagerFakeQuantizeAffine(Function):
+    """:class:`FakeQuantizeAffineFunction` for eager calls, as :class:`_EagerFakeTensorQuant`."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, inputs: Tensor, step_size: Tensor, zero_point: Tensor, *settings: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        step_size: Tensor,
+        zero_point: Tensor,
+        run: Any,
+        lo: int,
+        hi: int,
+        block_size: int | None,
+    ) -> Tensor:
         ctx.save_for_backward(inputs, step_size, zero_point)
-        ctx.settings = settings
-        return run.affine_fake_quantize(inputs, step_size, zero_point, *settings)
+        ctx.settings = lo, hi, block_size
+        return run.affine_fake_quantize(inputs, step_size, zero_point, lo, hi, block_size)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
-        gradient = _gradients(grad).affine_gradient(grad, *ctx.saved_tensors, *ctx.settings)
-        return None, gradient, *[None] * 5
+        return _gradients(grad).affine_gradient(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+
+
+eager_fake_quantize_affine: Any = super(Function, _EagerFakeQuantizeAffine).apply

@@ -62,20 +62,23 @@ def reduce_amax(input: Tensor, axis: int | tuple[int, ...] | list[int] | None = 
     """
     x = input.detach()
     axes = normalize_axes(axis, x.dim()) if axis is not None else tuple(range(x.dim()))
-    shape = [1 if i in axes else size for i, size in enumerate(x.shape)]
-    kept = [i for i, size in enumerate(shape) if size != 1]
+    kept = [i for i in range(x.dim()) if i not in axes]
     if x.numel() == 0:
-        result = x.new_zeros(shape)
+        result = x.new_zeros(_shape_without(x, axes))
     elif not axes:
         result = x.abs()
     elif len(kept) <= 1 and x.dtype in FLOATS and (compute := engine_for(x)) is not reference:
-        result = compute.absmax(x, kept[0] if kept else None).view(shape)
+        result = compute.absmax(x, kept[0] if kept else None).view(_shape_without(x, axes))
     else:
         # Two reductions read the tensor twice; abs() would write another tensor of that size as well.
         result = torch.maximum(x.amax(axes, keepdim=True), -x.amin(axes, keepdim=True)).abs()
     if result.numel() == 1:
         return result.reshape(())
     return result if keepdims or not axes else result.squeeze(axes)
+
+
+def _shape_without(x: Tensor, axes: tuple[int, ...]) -> list[int]:
+    return [1 if i in axes else size for i, size in enumerate(x.shape)]
 
 
 def reduce_keeping(x: Tensor, axis: int | tuple[int, ...] | list[int] | None) -> Tensor:

@@ -166,7 +166,7 @@ class HistogramCollector(RangeCollector):
 
 def _range_of(x: Tensor) -> tuple[float, float]:
     low, high = engine_for(x).minmax(x)
-    return float(low), float(high)
+    return float(low) + 0.0, float(high) + 0.0  # without the sign of a zero, which the engines do not define
 
 
 def _bin_of(value: float, exponent: int) -> int:

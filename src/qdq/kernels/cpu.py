@@ -16,15 +16,72 @@ from torch import Tensor
 
 from ..formats import FloatFormat, IntFormat
 from . import checks, reference
+from .cpu_statistics import abs_histogram, absmax, histogram, minmax
 from .layout import Layout, block_layout, broadcast_layout, is_dense, per_tensor
-from .native import DTYPES, NEGATIVE_INPUT, NEGATIVE_PARAMETER, NO_MEMORY, UNORDERED_RANGE, library
+from .native import (
+    DTYPES,
+    FAKE_TENSOR,
+    NEGATIVE_INPUT,
+    NEGATIVE_PARAMETER,
+    NO_MEMORY,
+    TENSOR_GRADIENT,
+    UNORDERED_RANGE,
+    library,
+)
 from .reference import compute_dtype, expand_blocks
+
+__all__ = [
+    "IN_PLACE",
+    "REFUSES_BAD_VALUES",
+    "abs_histogram",
+    "absmax",
+    "affine_fake_quantize",
+    "affine_gradient",
+    "affine_quantize",
+    "clip_gradient",
+    "fill_fake_quantized",
+    "histogram",
+    "is_simple",
+    "minmax",
+    "range_fake_quantize",
+    "range_gradient",
+    "round_to_e8m0",
+    "round_to_float_format",
+    "scaled_float_fake_quantize",
+    "symmetric_fake_quantize",
+    "symmetric_gradient",
+    "symmetric_quantize",
+]
 
 # A negative amax, a step size that is not positive, a negative input of unsigned quantization.
 REFUSES_BAD_VALUES = True
+# `fill_fake_quantized` exists.
+IN_PLACE = True
 
 _kernels: Any = library().functions
 _threads = torch.get_num_threads
+
+
+_fake_tensor = _kernels.qdq_fake_tensor
+_tensor_gradient = _kernels.qdq_tensor_gradient
+_fake_tensor_call, _tensor_gradient_call = FAKE_TENSOR.pack, TENSOR_GRADIENT.pack
+# Below this one thread is used, and asking how many there are would be wasted.
+_LEAST_FOR_THREADS = 1 << 15
+_float32 = torch.float32
+
+
+def is_simple(x: Tensor, amax: Tensor) -> bool:
+    """True for the most frequent call, contiguous float32 with one amax: it takes the shortest way."""
+    return (
+        x.dtype is _float32
+        and amax.dtype is _float32
+        and amax.numel() == 1
+        and x.is_contiguous()
+        and x.is_cpu
+        and amax.is_cpu
+        and not x.is_neg()
+        and not amax.is_neg()
+    )
 
 
 def _refuse(status: int, parameter: str) -> None:
@@ -90,9 +147,22 @@ def symmetric_quantize(
 
 def symmetric_fake_quantize(inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None = None) -> Tensor:
     """:func:`qdq.kernels.reference.symmetric_fake_quantize`."""
+    if is_simple(inputs, amax) and not fmt.degenerate:
+        return fill_fake_quantized(torch.empty_like(inputs), inputs, amax, fmt)
     if fmt.degenerate:
         return reference.symmetric_fake_quantize(inputs, amax, fmt, block_size)
     return _symmetric(0, inputs, amax, fmt, block_size)
+
+
+def fill_fake_quantized(out: Tensor, inputs: Tensor, amax: Tensor, fmt: IntFormat) -> Tensor:
+    """``out``, filled with fake-quantized ``inputs``; for tensors that are simple, and a format with codes."""
+    n = inputs.numel()
+    threads = _threads() if n > _LEAST_FOR_THREADS else 1
+    call = _fake_tensor_call(inputs.data_ptr(), out.data_ptr(), amax.data_ptr(), n, 0, threads, fmt.lo, fmt.hi)
+    status = _fake_tensor(call)
+    if status:
+        _refuse(status, "amax")
+    return out
 
 
 def _symmetric(codes: int, inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None) -> Tensor:
@@ -241,6 +311,13 @@ def scaled_float_fake_quantize(
 
 def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: int | None = None) -> Tensor:
     """:func:`qdq.kernels.reference.symmetric_gradient`."""
+    if is_simple(inputs, amax) and is_simple(grad, amax) and grad.shape == inputs.shape:
+        out = torch.empty_like(inputs)
+        n = inputs.numel()
+        threads = _threads() if n > _LEAST_FOR_THREADS else 1
+        pointers = grad.data_ptr(), inputs.data_ptr(), out.data_ptr(), amax.data_ptr()
+        _tensor_gradient(_tensor_gradient_call(*pointers, n, 0, threads))
+        return out
     if _differ(grad, inputs) or _needs_rows(inputs, block_size):
         return reference.symmetric_gradient(grad, inputs, amax, block_size)
     grad, source, out = _aligned(grad, inputs)
@@ -344,74 +421,3 @@ def _aligned(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # The order of the inputs: the result takes part in what comes before them.
         grad = torch.empty_like(out).copy_(grad.detach())
     return grad, source, out
-
-
-def absmax(x: Tensor, axis: int | None = None) -> Tensor:
-    """:func:`qdq.kernels.reference.absmax`."""
-    layout, source, shape = _sliced(x, axis)
-    out = x.new_empty(shape)
-    _kernels.qdq_absmax(DTYPES[x.dtype], source.data_ptr(), *layout, out.data_ptr(), _threads())
-    return out
-
-
-def minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`qdq.kernels.reference.minmax`."""
-    layout, source, shape = _sliced(x, axis)
-    if layout.n == 0:
-        return reference.minmax(x, axis)
-    low, high = x.new_empty(shape), x.new_empty(shape)
-    _kernels.qdq_minmax(DTYPES[x.dtype], source.data_ptr(), *layout, low.data_ptr(), high.data_ptr(), _threads())
-    return low, high
-
-
-def _sliced(x: Tensor, axis: int | None) -> tuple[Layout, Tensor, tuple[int, ...]]:
-    """The layout of the slices of ``x`` along ``axis``, dense memory of ``x``, and the shape of a result."""
-    compute_dtype(x.dtype)
-    x = x.detach()
-    if x.is_neg() or not is_dense(x):
-        x = torch.empty_like(x).copy_(x)
-    if axis is None:
-        return per_tensor(x.numel()), x, ()
-    if not -x.dim() <= axis < x.dim():
-        raise ValueError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions")
-    size = x.shape[axis]
-    if size <= 1 or x.numel() == 0:
-        return Layout(x.numel(), x.numel(), x.numel(), size), x, (size,)
-    inner = x.stride(axis)
-    return Layout(x.numel(), inner * size, inner, size), x, (size,)
-
-
-def histogram(x: Tensor, width: float, first: int, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`qdq.kernels.reference.histogram`."""
-    return _histogram(0, x, width, first, num_bins)
-
-
-def abs_histogram(x: Tensor, width: float, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`qdq.kernels.reference.abs_histogram`."""
-    return _histogram(1, x, width, 0, num_bins)
-
-
-def _histogram(absolute: int, x: Tensor, width: float, first: int, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    if x.dtype not in DTYPES or not 0 < width < float("inf") or num_bins < 1:
-        if absolute:
-            return reference.abs_histogram(x, width, num_bins)
-        return reference.histogram(x, width, first, num_bins)
-    source = x.detach()
-    if source.is_neg() or not is_dense(source):
-        source = torch.empty_like(source).copy_(source)
-    counts, others = torch.zeros(num_bins, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    status = _kernels.qdq_histogram(
-        DTYPES[x.dtype],
-        absolute,
-        source.data_ptr(),
-        x.numel(),
-        width,
-        first,
-        num_bins,
-        counts.data_ptr(),
-        others.data_ptr(),
-        _threads(),
-    )
-    if status:
-        _refuse(status, "width")
-    return counts, others[0], others[1]

@@ -23,6 +23,10 @@ from . import reference
 from .layout import Layout, block_layout, broadcast_layout, is_dense, per_tensor
 from .reference import compute_dtype, expand_blocks
 
+# Reading a value would wait for the device: `checks` refuses bad ones asynchronously.
+REFUSES_BAD_VALUES = False
+IN_PLACE = False
+
 # What Triton compiles for: older devices have no compiler for them in it.
 _LEAST_CAPABILITY = (7, 5)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import native, reference
@@ -61,6 +62,7 @@ def _never(*_: Any) -> bool:
 # tensor may stand for others, and memory is not what to compute on.
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", _never)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
+_tracing = getattr(torch._C, "_is_tracing", _never)
 
 
 class _Choice:
@@ -130,9 +132,28 @@ def is_plain(x: Any) -> bool:
     return type(x) in _PLAIN and x.layout is _STRIDED and not _transforming() and not _modes()
 
 
-def reads_values(run: Any) -> bool:
-    """True for an engine that refuses bad values itself, as it reads them anyway."""
-    return getattr(run, "REFUSES_BAD_VALUES", False)
+def of_eager_call(x: Any, parameter: Any) -> ModuleType | None:
+    """The engine of a plain eager call with these two, or None: something traces or transforms, or is no plain tensor.
+
+    What `for_tensor` and `is_plain` say together, in a fraction of the time: small tensors are quantized in less.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or type(parameter) not in _PLAIN
+        or x.layout is not _STRIDED
+        or parameter.layout is not _STRIDED
+        or _transforming()
+        or _modes()
+        or _tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    if x.is_cpu:
+        run = _choice._cpu if _choice._decided else _choice.cpu()
+    else:
+        run = for_tensor(x)
+    return None if run is reference else run
 
 
 def for_tensor(x: Tensor) -> ModuleType:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -28,15 +29,20 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 
 _NAME = "libqdq_kernels.dylib" if sys.platform == "darwin" else "libqdq_kernels.so"
 
+# The arguments of the two functions that take them in one block: QdqFakeTensor, QdqTensorGradient.
+FAKE_TENSOR, TENSOR_GRADIENT = struct.Struct("@PPPqqqdd"), struct.Struct("@PPPPqqq")
+
 _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _LAYOUT = [_long] * 4
 _SIGNATURES: dict[str, list[Any]] = {
     "qdq_symmetric": [_int, _int, _pointer, _pointer, *_LAYOUT, _pointer, _double, _double, _int],
+    "qdq_fake_tensor": [ctypes.c_char_p],
     "qdq_affine": [_int, _int, _pointer, _pointer, *_LAYOUT, _pointer, _pointer, _double, _double, _int],
     "qdq_range": [_int, _pointer, _pointer, *_LAYOUT, _pointer, _pointer, _int, _int],
     "qdq_float_format": [_int, _pointer, _pointer, *_LAYOUT, _pointer, _int, _int, _int, _double, _int],
     "qdq_e8m0": [_int, _pointer, _pointer, _long, _int],
     "qdq_symmetric_gradient": [_int, _pointer, _pointer, _pointer, *_LAYOUT, _pointer, _int],
+    "qdq_tensor_gradient": [ctypes.c_char_p],
     "qdq_affine_gradient": [
         *[_int, _pointer, _pointer, _pointer, *_LAYOUT, _pointer, _pointer, _double, _double, _int]
     ],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..formats import E4M3, FloatFormat, IntFormat, float_format
 from . import checks
-from .engine import for_tensor, reads_values
+from .engine import for_tensor
 from .reference import compute_dtype
 
 
@@ -37,7 +37,7 @@ def _laid_out(result: Tensor, inputs: Tensor) -> Tensor:
 def _checked(inputs: Tensor, amax: Tensor, unsigned: bool) -> Any:
     """The engine for these tensors, and what it does not refuse itself refused."""
     run = for_tensor(inputs)
-    if not reads_values(run):
+    if not run.REFUSES_BAD_VALUES:
         checks.check_amax(amax)
         if unsigned:
             checks.check_unsigned(inputs)
@@ -46,7 +46,7 @@ def _checked(inputs: Tensor, amax: Tensor, unsigned: bool) -> Any:
 
 def _checked_step(inputs: Tensor, step_size: Tensor) -> Any:
     run = for_tensor(inputs)
-    if not reads_values(run):
+    if not run.REFUSES_BAD_VALUES:
         checks.check_step_size(step_size)
     return run
 

@@ -23,7 +23,13 @@ from .histogram import abs_histogram, bin_index, comparable, histogram
 from .statistics import absmax, minmax
 from .symmetric import TINY_AMAX, symmetric_fake_quantize, symmetric_mask, symmetric_quantize, symmetric_scale
 
+# Nothing here reads values or writes to memory that is given: see :mod:`qdq.kernels.cpu`.
+REFUSES_BAD_VALUES = False
+IN_PLACE = False
+
 __all__ = [
+    "IN_PLACE",
+    "REFUSES_BAD_VALUES",
     "TINY_AMAX",
     "abs_histogram",
     "absmax",
