@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 // Raised with every change of a signature or of a meaning: a library of another number is not loaded.
-#define QDQ_INTERFACE 1
+#define QDQ_INTERFACE 2
 
 enum { QDQ_FLOAT32 = 0, QDQ_FLOAT64 = 1, QDQ_FLOAT16 = 2, QDQ_BFLOAT16 = 3 };
 
@@ -82,6 +82,18 @@ QDQ_EXPORT int qdq_float_format(int dtype, const void* x, void* out, int64_t n, 
 // Rounding to a power of two from 2**-127 to 2**127, half up; NaN for what has none.
 QDQ_EXPORT int qdq_e8m0(int dtype, const void* x, void* out, int64_t n, int threads);
 
+
+// round(float(x + second + bias) * ratio) * step, the sum in float64; float32 only. `bias` is bias_high +
+// bias_low; `second` may be null.
+QDQ_EXPORT int qdq_requantize(const float* x, const float* second, float* out, int64_t n, int64_t row, int64_t inner,
+                              int64_t count, const float* bias_high, const float* bias_low, const float* ratio,
+                              float step, int threads);
+
+// Codes of two tensors added: (round(float(a * ratio_a + float(b * ratio_b + fixed))) - zero) * step, the products and
+// sums in float64, where a = round(x / step_a) + zero_a, b likewise; float32 only. `numbers` holds step_a, zero_a,
+// ratio_a, step_b, zero_b, ratio_b, fixed, zero, step.
+QDQ_EXPORT int qdq_add_codes(const float* x, const float* second, float* out, int64_t n, const float* numbers,
+                             int threads);
 
 // grad where |x| <= amax, else 0.
 QDQ_EXPORT int qdq_symmetric_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row,

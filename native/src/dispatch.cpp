@@ -92,6 +92,16 @@ int qdq_e8m0(int dtype, const void* x, void* out, int64_t n, int threads) {
     return current->e8m0(dtype, x, out, n, threads);
 }
 
+int qdq_requantize(const float* x, const float* second, float* out, int64_t n, int64_t row, int64_t inner,
+                   int64_t count, const float* bias_high, const float* bias_low, const float* ratio, float step,
+                   int threads) {
+    return current->requantize(x, second, out, n, row, inner, count, bias_high, bias_low, ratio, step, threads);
+}
+
+int qdq_add_codes(const float* x, const float* second, float* out, int64_t n, const float* numbers, int threads) {
+    return current->add_codes(x, second, out, n, numbers, threads);
+}
+
 int qdq_symmetric_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row, int64_t inner,
                            int64_t count, const void* amax, int threads) {
     return current->symmetric_gradient(dtype, grad, x, out, n, row, inner, count, amax, threads);

@@ -110,6 +110,26 @@ int e8m0(int dtype, const void* x, void* out, int64_t n, int threads) {
     });
 }
 
+int requantize(const float* x, const float* second, float* out, int64_t n, int64_t row, int64_t inner, int64_t count,
+               const float* bias_high, const float* bias_low, const float* ratio, float step, int threads) {
+    const QdqLayout layout{n, row, inner, count};
+    return for_dtype(QDQ_FLOAT32, [&](auto) {
+        using One = Requantize<float, false>;
+        using Two = Requantize<float, true>;
+        if (!second) return elementwise<One, float, float>({bias_high, bias_low, ratio, step}, x, 0, out, layout, threads);
+        return elementwise<Two, float, float>({bias_high, bias_low, ratio, step}, x, second, out, layout, threads);
+    });
+}
+
+int add_codes(const float* x, const float* second, float* out, int64_t n, const float* numbers, int threads) {
+    const QdqLayout layout{n, n, n, 1};
+    return for_dtype(QDQ_FLOAT32, [&](auto) {
+        const AddCodes<float> op{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+                                 numbers[5], numbers[6], numbers[7], numbers[8]};
+        return elementwise<AddCodes<float>, float, float>(op, x, second, out, layout, threads);
+    });
+}
+
 int symmetric_gradient(int dtype, const void* grad, const void* x, void* out, int64_t n, int64_t row, int64_t inner,
                        int64_t count, const void* amax, int threads) {
     const QdqLayout layout{n, row, inner, count};
@@ -169,6 +189,6 @@ int histogram_(int dtype, int absolute, const void* x, int64_t n, double width, 
 
 extern const Level QDQ_LEVEL;
 const Level QDQ_LEVEL = {
-    QDQ_LEVEL_NAME, symmetric,       affine, range,  float_format, e8m0, symmetric_gradient,
+    QDQ_LEVEL_NAME, symmetric,       affine, range,  float_format, e8m0, requantize, add_codes, symmetric_gradient,
     affine_gradient, range_gradient_, absmax, minmax, histogram_,
 };

@@ -208,4 +208,38 @@ struct AffineGradient {
     C apply(C x, C grad, C low, C high, C) const { return (x >= low) & (x <= high) ? grad : C(0); }
 };
 
+// A sum of products of codes, in one or two exact parts, plus an integer bias, as codes of another step: what integer
+// convolutions end with. The bias may need more bits than C has, and comes in two parts as well.
+template <class C, bool two_parts>
+struct Requantize {
+    static constexpr bool kSecond = two_parts, kRefusesNegative = false;
+    const C *bias_high, *bias_low, *ratio;
+    C step;
+
+    void parameters(int64_t p, C* out) const {
+        out[0] = bias_high[p];
+        out[1] = bias_low[p];
+        out[2] = ratio[p];
+    }
+    C apply(C x, C second, C high, C low, C factor) const {
+        const double sum = (static_cast<double>(x) + second) + (static_cast<double>(high) + low);
+        return round_even(static_cast<C>(sum) * factor) * step;
+    }
+};
+
+// The sum of two tensors of codes, as codes of another step: float32 products and sums, each rounded once from float64.
+template <class C>
+struct AddCodes {
+    static constexpr bool kSecond = true, kRefusesNegative = false;
+    C step_a, zero_a, ratio_a, step_b, zero_b, ratio_b, fixed, zero, step;
+
+    void parameters(int64_t, C*) const {}
+    C apply(C x, C second, C, C, C) const {
+        const double a = round_even(x / step_a) + zero_a, b = round_even(second / step_b) + zero_b;
+        const C inner = static_cast<C>(b * static_cast<double>(ratio_b) + static_cast<double>(fixed));
+        const C sum = static_cast<C>(a * static_cast<double>(ratio_a) + static_cast<double>(inner));
+        return (round_even(sum) - zero) * step;
+    }
+};
+
 }  // namespace

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from .calib.ranges import channel_mse_amax
 from .functional import fake_quantize_affine
-from .kernels.reference import TINY_AMAX, affine_quantize
+from .kernels import reference
+from .kernels.engine import for_tensor
+from .kernels.reference import TINY_AMAX
+from .remembered import Remembered, can_remember
 from .saturation import pair_safe_factor, shrink_pairs
 
 # Half of int32: the other half is left to the sum of products that the bias is added to.
@@ -37,6 +40,7 @@ class WeightQuantizer(nn.Module):
         self.name, self.num_bits, self.axis, self.pairs_axis = name, num_bits, axis, pairs_axis
         self.enabled = True
         self.register_buffer("step_size", torch.ones(()) if axis is None else torch.ones(channels))
+        self._remembered = Remembered()
 
     @property
     def bound(self) -> int:
@@ -79,6 +83,11 @@ class WeightQuantizer(nn.Module):
         """The fake-quantized weight, of the weight's shape."""
         if not self.enabled:
             return weight
+        if not can_remember(weight):
+            return self._fake(weight)
+        return self._remembered.get(lambda: self._fake(weight), weight, self.step_size)
+
+    def _fake(self, weight: Tensor) -> Tensor:
         step = self._step_for(weight)
         fake = fake_quantize_affine(weight, step, torch.zeros_like(step), -self.bound, self.bound)
         if self.pairs_axis is None:
@@ -91,7 +100,8 @@ class WeightQuantizer(nn.Module):
 
     def _codes(self, weight: Tensor) -> Tensor:
         step = self._step_for(weight)
-        codes = affine_quantize(weight.detach(), step, torch.zeros_like(step), -self.bound, self.bound)
+        run = reference if torch.compiler.is_compiling() else for_tensor(weight)
+        codes = run.affine_quantize(weight.detach(), step, torch.zeros_like(step), -self.bound, self.bound)
         return codes if self.pairs_axis is None else shrink_pairs(codes, self.pairs_axis)
 
     def _dequantized(self, weight: Tensor) -> Tensor:
@@ -115,6 +125,7 @@ class BiasQuantizer(nn.Module):
         super().__init__()
         self.name = name
         self.enabled = True
+        self._remembered = Remembered()
 
     def codes(self, bias: Tensor, input_step: Tensor, weight_step: Tensor) -> Tensor:
         """int32 codes of a bias of shape [channels]."""
@@ -125,6 +136,12 @@ class BiasQuantizer(nn.Module):
         """The bias that the runtime adds; the gradient passes unchanged."""
         if not self.enabled:
             return bias
+        if not can_remember(bias):
+            return self._stored(bias, input_step, weight_step)
+        read = bias, input_step, weight_step
+        return self._remembered.get(lambda: self._stored(*read), *read)
+
+    def _stored(self, bias: Tensor, input_step: Tensor, weight_step: Tensor) -> Tensor:
         step = input_step.detach().double() * weight_step.detach().double()
         value = self.codes(bias, input_step, weight_step).double() * step
         return bias + (value.to(bias.dtype) - bias).detach()

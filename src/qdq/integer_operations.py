@@ -12,6 +12,7 @@ disabled or collecting, the plain PyTorch operation runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from .affine_quantizer import AffineQuantizer
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
+from .kernels.engine import for_tensor
+from .remembered import Remembered, can_remember
 
 Quantizer = AffineQuantizer | WeightQuantizer | BiasQuantizer
 # float32 holds every integer up to here: sums that stay below are exact in whatever order they are added.
@@ -69,8 +72,31 @@ class IntegerOperation(nn.Module):
         return str(getattr(self.operation, "__name__", self.operation)).split(".")[0]
 
 
+@dataclass(frozen=True)
+class _ConvolutionConstants:
+    """What an integer convolution needs of its weight and bias, in codes.
+
+    Attributes:
+        weight: the codes, float32.
+        reach: per output channel, the sum of their magnitudes: how much a sum grows with the input's largest code.
+        bias: int32 codes as float64, or None.
+        ratio: step of the sums over step of the result, float32.
+        exact_halves: whether the sums over each half of the input channels are exact.
+    """
+
+    weight: Tensor
+    reach: float
+    bias: Tensor | None
+    ratio: Tensor
+    exact_halves: bool
+
+
 class IntegerConvolution(IntegerOperation):
     """QLinearConv: exact sums of codes and int32 bias; times step_x * step_w / step_y in float32; half to even."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._remembered = Remembered()
 
     def exact(self, *args: Any) -> Tensor:
         x, weight = args[:2]
@@ -78,40 +104,57 @@ class IntegerConvolution(IntegerOperation):
         input_step, output_step = self.inputs[0].step_size, self.output[0].step_size
         quantizer = self.constants[0]
         assert isinstance(quantizer, WeightQuantizer)
-        step = quantizer.step_size
-        shape = [-1 if i == 0 else 1 for i in range(weight.dim())] if step.dim() else []
-        codes = torch.round(weight / step.reshape(shape))
-        sums = self._sums(torch.round(x / input_step), codes, rest)
-        channels = [1, -1, *[1] * (sums.dim() - 2)] if step.dim() else []
-        if bias is not None:
-            integers = torch.round(bias.double() / (input_step.double() * step.double()))
-            sums = sums.double() + integers.reshape([1, -1, *[1] * (sums.dim() - 2)])
-        return self._on_grid(torch.round(sums.float() * ((input_step * step) / output_step).reshape(channels)))
 
-    def _sums(self, x: Tensor, weight: Tensor, rest: list[Any]) -> Tensor:
-        largest = float(weight.abs().flatten(1).sum(1).max()) * float(x.abs().max()) if x.numel() else 0.0
-        if largest < EXACT_FLOAT32:
-            return self.operation(x, weight, None, *rest)
+        def in_codes() -> _ConvolutionConstants:
+            step = quantizer.step_size
+            shape = [-1 if i == 0 else 1 for i in range(weight.dim())] if step.dim() else []
+            codes = torch.round(weight / step.reshape(shape))
+            reach = float(codes.abs().flatten(1).sum(1).max()) if codes.numel() else 0.0
+            integers = None
+            if bias is not None:
+                integers = torch.round(bias.double() / (input_step.double() * step.double()))
+            halves = _halves_are_exact(codes, _largest_multiple(self.inputs[0]))
+            return _ConvolutionConstants(codes, reach, integers, (input_step * step) / output_step, halves)
+
+        read = [weight, input_step, self.inputs[0].zero_point, output_step, quantizer.step_size]
+        read += [] if bias is None else [bias]
+        constants = self._remembered.get(in_codes, *read) if can_remember(weight) else in_codes()
+        run = for_tensor(x)
+        sums = self._sums(_multiples(x, self.inputs[0]), constants, rest)
+        return run.requantize(sums, constants.bias, constants.ratio, output_step)
+
+    def _sums(self, x: Tensor, constants: _ConvolutionConstants, rest: list[Any]) -> list[Tensor]:
+        """The sums of products of codes, exact, in parts that are still to be added."""
+        weight = constants.weight
+        largest = _largest_multiple(self.inputs[0])
+        if constants.reach * largest >= EXACT_FLOAT32 and x.numel():
+            largest = float(for_tensor(x).absmax(x))
+        if constants.reach * largest < EXACT_FLOAT32:
+            return [self.operation(x, weight, None, *rest)]
+        groups, half = rest[-1] if rest else 1, weight.shape[1] // 2
+        if groups == 1 and constants.exact_halves:
+            # As much work as at once, but each sum is short enough for float32.
+            return [
+                self.operation(x[:, :half], weight[:, :half], None, *rest),
+                self.operation(x[:, half:], weight[:, half:], None, *rest),
+            ]
         # Two digits of 4 bits: each sum fits float32, and a float64 convolution would be many times slower.
         high = torch.round(weight / 16)
         low = weight - 16 * high
         if 8 * weight[0].numel() * 255 >= EXACT_FLOAT32:
-            return self.operation(x.double(), weight.double(), None, *rest)
+            return [self.operation(x.double(), weight.double(), None, *rest)]
         upper = self.operation(x, high, None, *rest).double()
-        return upper.mul_(16).add_(self.operation(x, low, None, *rest))
+        return [upper.mul_(16).add_(self.operation(x, low, None, *rest))]
 
 
 class IntegerAdd(IntegerOperation):
     """QLinearAdd: fma(a, s_a / s_y, fma(b, s_b / s_y, fixed)) in float32, the zero points in `fixed`; half to even."""
 
     def exact(self, *args: Any) -> Tensor:
-        (first, second), output = self.inputs, self.output[0]
-        a, b = _codes(args[0], first), _codes(args[1], second)
-        ratio_a, ratio_b = first.step_size / output.step_size, second.step_size / output.step_size
-        zero_a, zero_b, zero = (float(q.zero_point) for q in (first, second, output))
-        fixed = (zero - _fma(ratio_a, zero_a, (ratio_b * zero_b).double()).double()).float()
-        value = _fma(a, ratio_a, _fma(b, ratio_b, fixed.double()).double())
-        return self._on_grid(torch.round(value) - zero)
+        quantizers = (*self.inputs, self.output[0])
+        steps = tuple(q.step_size for q in quantizers)
+        zero_points = tuple(q.zero_point for q in quantizers)
+        return for_tensor(args[0]).add_codes(args[0], args[1], steps, zero_points)
 
 
 class IntegerMul(IntegerOperation):
@@ -142,8 +185,22 @@ def _active(quantizer: Quantizer) -> bool:
     return quantizer.enabled
 
 
-def _codes(x: Tensor, quantizer: AffineQuantizer) -> Tensor:
-    return torch.round(x / quantizer.step_size) + float(quantizer.zero_point)
+def _multiples(x: Tensor, quantizer: AffineQuantizer) -> Tensor:
+    """Values of a quantizer's grid in units of its step: integers, in float32."""
+    zero = torch.zeros_like(quantizer.step_size)
+    return for_tensor(x).affine_quantize(x, quantizer.step_size, zero, -EXACT_FLOAT32, EXACT_FLOAT32)
+
+
+def _largest_multiple(quantizer: AffineQuantizer) -> float:
+    zero = float(quantizer.zero_point)
+    return max(quantizer.hi - zero, zero - quantizer.lo)
+
+
+def _halves_are_exact(weight: Tensor, largest: float) -> bool:
+    """Whether the sums over each half of the input channels stay exact in float32."""
+    half = weight.shape[1] // 2
+    reach = [part.abs().flatten(1).sum(1).max() for part in (weight[:, :half], weight[:, half:]) if part.numel()]
+    return len(reach) == 2 and float(max(reach)) * largest < EXACT_FLOAT32
 
 
 def _fma(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:

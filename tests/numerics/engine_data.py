@@ -91,7 +91,7 @@ def _negative(x: Tensor) -> Tensor:
 
 
 def _negative_dense(x: Tensor) -> Tensor:
-    return torch._neg_view(-x)
+    return torch._neg_view(-x)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _offset(x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _odd_address(x: Tensor) -> Tensor:
 
 def _strides_of_one(x: Tensor) -> Tensor:
     """Strides that mean nothing where an axis has one element."""
-    strides = [1000 + axis if size == 1 else stride for axis, (size, stride) in enumerate(zip(x.shape, x.stride()))]
+    strides = [1000 + axis if size == 1 else x.stride(axis) for axis, size in enumerate(x.shape)]
     return x.as_strided(x.shape, strides)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,6 @@ def run(**environment: str) -> tuple[list[str], str]:
 # -- in processes of their own ---------------------------------------------------------------------
 
 
-@needs_library
-def test_by_default_the_library_is_used() -> None:
-    (first, reason), errors = run()
-    assert first == f"cpu None native {LIBRARY.path} {VALUE}"
-    assert reason == "the compiled kernels are installed"
-    assert "qdq" not in errors
-
-
 def test_the_reference_can_be_forced() -> None:
     (first, reason), _ = run(QDQ_ENGINE="reference")
     assert first.startswith("reference reference reference ")
@@ -97,7 +88,7 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[engine._Choice]:
+def choice(monkeypatch: pytest.MonkeyPatch) -> engine._Choice:
     """A choice that is still to be made."""
     for name in ("QDQ_ENGINE", "QDQ_LIBRARY"):
         monkeypatch.delenv(name, raising=False)
@@ -219,7 +210,6 @@ def test_every_function_that_is_called_has_its_signature() -> None:
         declared = header.split(f" {name}(")[1].split(")")[0]
         assert len(declared.split(",")) == count, name
         assert getattr(LIBRARY.functions, name).argtypes == native._SIGNATURES[name]
-        assert isinstance(getattr(LIBRARY.functions, name), ctypes._CFuncPtr)
     assert f"#define QDQ_INTERFACE {native.INTERFACE}\n" in header
 
 
@@ -230,6 +220,9 @@ def test_every_function_that_is_called_has_its_signature() -> None:
 def test_forced_can_be_nested_and_is_undone(choice: engine._Choice) -> None:
     x = torch.ones(2)
     assert engine.for_tensor(x) is not reference
+    status = engine.status()
+    assert (status.cpu, status.cpu_reason) == ("native", "the compiled kernels are installed")
+    assert (status.library, status.level) == (str(LIBRARY.path), LIBRARY.level)
     with engine.forced("reference"):
         assert engine.for_tensor(x) is reference
         assert engine.status().requested == "reference"
@@ -299,7 +292,7 @@ def test_plain_tensors() -> None:
         lambda: FakeTensorMode().from_tensor(torch.ones(2)),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided),
-        lambda: torch._efficientzerotensor((2,)),
+        lambda: torch._efficientzerotensor((2,)),  # pyright: ignore[reportPrivateImportUsage]
         lambda: 1.0,
         lambda: None,
     ],

@@ -34,7 +34,8 @@ if native.library().functions is None:
 from qdq.kernels import cpu
 
 INT8 = IntFormat(8)
-FORMATS = [IntFormat(n, u, narrow) for n in (2, 3, 4, 8, 12, 16, 24, 25, 31, 32) for u in (0, 1) for narrow in (0, 1)]
+BOTH = (False, True)
+FORMATS = [IntFormat(n, u, narrow) for n in (2, 3, 4, 8, 12, 16, 24, 25, 31, 32) for u in BOTH for narrow in BOTH]
 FORMATS += [IntFormat(0), IntFormat(1), IntFormat(1, True)]
 # Two threads share work from 32768 elements on.
 SHARED = (16383, 16385, 32767, 32768, 32769, 40000)
@@ -47,7 +48,7 @@ def check(name: str, *arguments: Any) -> None:
     expected = as_tuple(getattr(reference, name)(*arguments))
     inputs = tensors[1] if name.endswith("_gradient") else tensors[0]
     for wanted in LEVELS:
-        for count in (1, 2) if inputs.numel() >= 16384 else (1,):
+        for count in (1, 2) if inputs.numel() >= 16384 and wanted == LEVELS[0] else (1,):
             with level(wanted), threads(count):
                 found = as_tuple(getattr(cpu, name)(*arguments))
             what = (name, wanted, count, *(a if not isinstance(a, Tensor) else tuple(a.shape) for a in arguments))
@@ -128,7 +129,7 @@ def symmetric_case(draw: st.DrawFn, fmt: IntFormat) -> tuple[Tensor, Tensor, int
 # -- equality --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.data(), st.sampled_from(FORMATS))
 def test_symmetric(data: st.DataObject, fmt: IntFormat) -> None:
     x, amax, block_size = data.draw(symmetric_case(fmt))
@@ -144,7 +145,7 @@ def test_symmetric_gradient(data: st.DataObject) -> None:
     check("symmetric_gradient", grad, x, amax, block_size)
 
 
-@settings(max_examples=100)
+@settings(max_examples=80)
 @given(st.data(), st.sampled_from([(0, 255), (-128, 127), (0, 1), (-8, 7), (0, 2**24 - 1), (-(2**31), 2**31 - 1)]))
 def test_affine(data: st.DataObject, limits: tuple[int, int]) -> None:
     lo, hi = limits
@@ -231,11 +232,14 @@ def test_16_bits_are_the_result_of_float32_cast_once(dtype: torch.dtype, shape: 
     for amax in (torch.tensor(0.7), torch.rand(channel, generator=generator(3)) + 0.01):
         step, zero = amax / 100, torch.tensor(7)
         pairs = [
-            (cpu.symmetric_fake_quantize(y, amax, INT8), cpu.symmetric_quantize(y, amax, INT8)[0])
-            + (cpu.affine_fake_quantize(y, step, zero, 0, 255), cpu.range_fake_quantize(y, -amax, amax, 8))
-            + (cpu.scaled_float_fake_quantize(y, amax, E4M3), cpu.round_to_float_format(y, E5M2), cpu.round_to_e8m0(y))
-            + (cpu.symmetric_gradient(g, y, amax), cpu.affine_gradient(g, y, step, zero, 0, 255))
-            + (cpu.absmax(y), cpu.absmax(y, 0), *cpu.minmax(y), *cpu.minmax(torch.where(y.isnan(), 0.0, y), -1))
+            [
+                *(cpu.symmetric_fake_quantize(y, amax, INT8), cpu.symmetric_quantize(y, amax, INT8)[0]),
+                *(cpu.affine_fake_quantize(y, step, zero, 0, 255), cpu.range_fake_quantize(y, -amax, amax, 8)),
+                *(cpu.scaled_float_fake_quantize(y, amax, E4M3), cpu.round_to_float_format(y, E5M2)),
+                *(cpu.symmetric_gradient(g, y, amax), cpu.affine_gradient(g, y, step, zero, 0, 255)),
+                *(cpu.round_to_e8m0(y), cpu.absmax(y), cpu.absmax(y, 0), *cpu.minmax(y)),
+                *cpu.minmax(torch.where(y.isnan(), 0.0, y), -1),
+            ]
             for y, g in ((x, grad), (x.float(), grad.float()))
         ]
         for narrow, wide in zip(*pairs, strict=True):
@@ -247,7 +251,7 @@ def test_16_bits_are_the_result_of_float32_cast_once(dtype: torch.dtype, shape: 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_around_those_of_vectors_and_threads(dtype: torch.dtype, view: str) -> None:
     """Every length has each end of its loops; a threshold of threads cuts between parameters too."""
-    for n in (*range(1, 71), 1023, 1024, 1025, *(SHARED if view == "offset" else (32769,))):
+    for n in (*range(1, 71), 1023, 1024, 1025, *(SHARED if view == "offset" and dtype == torch.float32 else (32769,))):
         x = VIEWS[view](adversarial((n,), dtype, n))
         check("symmetric_fake_quantize", x, torch.tensor(0.9), INT8)
         check("symmetric_gradient", x, x, torch.tensor(0.9))
@@ -259,7 +263,7 @@ def test_sizes_around_those_of_vectors_and_threads(dtype: torch.dtype, view: str
 @pytest.mark.parametrize("shape", [(3, 5, 2731), (40000, 2), (2, 70, 17, 19), (11, 3001), (2, 64, 16, 33)])
 @pytest.mark.parametrize("view", ["contiguous", "channels last", "transposed"])
 def test_parameters_of_slices_that_threads_share(shape: tuple[int, ...], view: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if view == "contiguous" else (torch.float32,):
         x = VIEWS[view](adversarial(shape, dtype, 5))
         for axis in range(len(shape)):
             sizes = [size if other == axis else 1 for other, size in enumerate(shape)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..formats import FloatFormat, IntFormat
 from . import checks, reference
+from .cpu_integer_arithmetic import add_codes, requantize
 from .cpu_statistics import abs_histogram, absmax, histogram, minmax
 from .layout import Layout, block_layout, broadcast_layout, is_dense, per_tensor
 from .native import (
@@ -35,6 +36,7 @@ __all__ = [
     "REFUSES_BAD_VALUES",
     "abs_histogram",
     "absmax",
+    "add_codes",
     "affine_fake_quantize",
     "affine_gradient",
     "affine_quantize",
@@ -45,6 +47,7 @@ __all__ = [
     "minmax",
     "range_fake_quantize",
     "range_gradient",
+    "requantize",
     "round_to_e8m0",
     "round_to_float_format",
     "scaled_float_fake_quantize",

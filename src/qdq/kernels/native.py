@@ -21,7 +21,7 @@ import torch
 _log = logging.getLogger(__name__)
 
 # QDQ_INTERFACE of the header.
-INTERFACE = 1
+INTERFACE = 2
 
 NEGATIVE_PARAMETER, NEGATIVE_INPUT, UNORDERED_RANGE, NO_MEMORY = 1, 2, 4, 8
 
@@ -41,6 +41,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "qdq_range": [_int, _pointer, _pointer, *_LAYOUT, _pointer, _pointer, _int, _int],
     "qdq_float_format": [_int, _pointer, _pointer, *_LAYOUT, _pointer, _int, _int, _int, _double, _int],
     "qdq_e8m0": [_int, _pointer, _pointer, _long, _int],
+    "qdq_requantize": [*[_pointer] * 3, *_LAYOUT, *[_pointer] * 3, ctypes.c_float, _int],
+    "qdq_add_codes": [_pointer, _pointer, _pointer, _long, _pointer, _int],
     "qdq_symmetric_gradient": [_int, _pointer, _pointer, _pointer, *_LAYOUT, _pointer, _int],
     "qdq_tensor_gradient": [ctypes.c_char_p],
     "qdq_affine_gradient": [
