@@ -14,12 +14,14 @@ namespace {
 const Level* best() {
 #if defined(QDQ_X86_LEVELS)
     __builtin_cpu_init();
-    // What x86-64-v4 and -v3 ask for and the kernels use; older compilers do not know the levels by name here.
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+    // What the levels ask for, by feature: older compilers do not know the levels by name here
+    // (nor f16c, which every processor with AVX2 has).
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2");
+    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
         return &qdq_level_v4;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-        return &qdq_level_v3;
+    if (v3) return &qdq_level_v3;
     return &qdq_level_v2;
 #else
     return &qdq_level_native;

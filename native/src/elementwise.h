@@ -42,6 +42,13 @@ struct Parameters {
 #define QDQ_NOINLINE __attribute__((noinline))
 #endif
 
+// `out` may be the tensor that is read, but always at the same index: that is no reason not to vectorise.
+#if defined(__clang__)
+#define QDQ_SAME_INDEX _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define QDQ_SAME_INDEX _Pragma("GCC ivdep")
+#endif
+
 // [0, n) with one set of parameters. Not inlined: seeing where the parameters come from, compilers make a loop for every
 // special case, and vectorise none.
 template <class Op, class C>
@@ -49,7 +56,7 @@ QDQ_NOINLINE bool apply_run(const Op op, const C* p, const C* x, const C* second
     const C a = p[0], b = p[1], c = p[2];
     if (Op::kRefusesNegative) {
         int bad = 0;
-#pragma GCC ivdep
+QDQ_SAME_INDEX
         for (int64_t i = 0; i < n; ++i) {
             const C value = x[i];
             bad |= value < C(0);
@@ -58,10 +65,10 @@ QDQ_NOINLINE bool apply_run(const Op op, const C* p, const C* x, const C* second
         return bad != 0;
     }
     if (Op::kSecond) {
-#pragma GCC ivdep
+QDQ_SAME_INDEX
         for (int64_t i = 0; i < n; ++i) out[i] = op.apply(x[i], second[i], a, b, c);
     } else {
-#pragma GCC ivdep
+QDQ_SAME_INDEX
         for (int64_t i = 0; i < n; ++i) out[i] = op.apply(x[i], C(0), a, b, c);
     }
     return false;
@@ -73,7 +80,7 @@ QDQ_NOINLINE bool apply_each(const Op op, const C* a, const C* b, const C* c, co
                        int64_t n) {
     if (Op::kRefusesNegative) {
         int bad = 0;
-#pragma GCC ivdep
+QDQ_SAME_INDEX
         for (int64_t i = 0; i < n; ++i) {
             const C value = x[i];
             bad |= value < C(0);
@@ -82,10 +89,10 @@ QDQ_NOINLINE bool apply_each(const Op op, const C* a, const C* b, const C* c, co
         return bad != 0;
     }
     if (Op::kSecond) {
-#pragma GCC ivdep
+QDQ_SAME_INDEX
         for (int64_t i = 0; i < n; ++i) out[i] = op.apply(x[i], second[i], a[i], b[i], c[i]);
     } else {
-#pragma GCC ivdep
+QDQ_SAME_INDEX
         for (int64_t i = 0; i < n; ++i) out[i] = op.apply(x[i], C(0), a[i], b[i], c[i]);
     }
     return false;

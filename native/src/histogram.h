@@ -75,7 +75,7 @@ enum class Binning {
 };
 
 template <class C>
-class Counter {
+class alignas(128) Counter {  // threads count side by side, and must not share a line of the cache
    public:
     explicit Counter(const Bins& bins)
         : bins_(bins), limits_(bins), tables_(bins.count <= kMostTableBins ? kTables : 1), stride_(bins.count + 16),
@@ -250,8 +250,10 @@ inline const C* as_type(const T* x, C* buffer, int64_t n) {
 
 template <class C, class T>
 bool histogram_in(const Bins& bins, const T* x, int64_t n, int64_t* counts, int64_t* others, int parts) {
-    if (!Counter<C>(bins).usable()) return false;
-    std::vector<Counter<C>> counters(static_cast<size_t>(parts), Counter<C>(bins));
+    std::vector<Counter<C>> counters;
+    counters.reserve(static_cast<size_t>(parts));
+    for (int i = 0; i < parts; ++i) counters.emplace_back(bins);
+    if (!counters[0].usable()) return false;
     parallel(n, parts, [&](int64_t begin, int64_t end, int index) {
         C buffer[kBuffer];
         for (int64_t i = begin; i < end; i += kBuffer) {

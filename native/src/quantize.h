@@ -163,7 +163,7 @@ struct FloatFormatRounding {
     C apply(C x, C, C scale, C divisor, C) const {
         // Without a scale both are 1, which changes nothing.
         const C value = rounded(x * scale) / divisor;
-        return (std::fabs(x) < kTinyAmax<C>) & tiny_is_zero ? C(0) : value;
+        return ((std::fabs(x) < kTinyAmax<C>) & tiny_is_zero) ? C(0) : value;
     }
 };
 
@@ -182,7 +182,7 @@ struct PowerOfTwo {
         // 2**-127 is subnormal in float32; what lies between it and its neighbour goes up.
         C result = x < C(0x1p-126) ? C(0x1p-126) : normal;
         result = x <= C(0x1p-127) ? C(0x1p-127) : result;
-        return (x >= C(0)) & (x < C(0x1.8p127)) ? result : kNaN<C>;
+        return ((x >= C(0)) & (x < C(0x1.8p127))) ? result : kNaN<C>;
     }
 };
 
@@ -205,7 +205,7 @@ struct AffineGradient {
         out[0] = (lo - zero[p]) * step[p];
         out[1] = (hi - zero[p]) * step[p];
     }
-    C apply(C x, C grad, C low, C high, C) const { return (x >= low) & (x <= high) ? grad : C(0); }
+    C apply(C x, C grad, C low, C high, C) const { return ((x >= low) & (x <= high)) ? grad : C(0); }
 };
 
 // A sum of products of codes, in one or two exact parts, plus an integer bias, as codes of another step: what integer

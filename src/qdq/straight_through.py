@@ -205,7 +205,7 @@ class _EagerFakeTensorQuant(Function):
         return _gradients(grad).symmetric_gradient(grad, inputs, amax, block_size), None, None, None, None
 
 
-_recorded_fake_tensor_quant: Any = super(Function, _EagerFakeTensorQuant).apply
+_recorded_fake_tensor_quant: Any = super(Function, _EagerFakeTensorQuant).apply  # pyright: ignore[reportAttributeAccessIssue]
 # Up to here a second pass over the values costs less than Python's part in a Function of its own.
 _FEW_ELEMENTS = 8192
 
@@ -326,4 +326,4 @@ class _EagerFakeQuantizeAffine(Function):
         return _gradients(grad).affine_gradient(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 6
 
 
-eager_fake_quantize_affine: Any = super(Function, _EagerFakeQuantizeAffine).apply
+eager_fake_quantize_affine: Any = super(Function, _EagerFakeQuantizeAffine).apply  # pyright: ignore[reportAttributeAccessIssue]
