@@ -70,6 +70,8 @@ int qdq_symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int
 int qdq_fake_tensor(const void* arguments) {
     QdqFakeTensor call;
     std::memcpy(&call, arguments, sizeof call);
+    // The memory of a tensor of zeros may not exist.
+    if (call.n > 0 && (!call.x || !call.out || !call.amax)) return QDQ_NO_MEMORY;
     return current->symmetric(static_cast<int>(call.dtype), 0, call.x, call.out, call.n, call.n, call.n, 1, call.amax,
                               call.lo, call.bound, static_cast<int>(call.threads));
 }

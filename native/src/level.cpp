@@ -55,6 +55,14 @@ int symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int64_t
             if (lo < 0) return elementwise<SymmetricCodes<C, false>, T, T>({amax, low, high}, x, 0, out, layout, threads);
             return elementwise<SymmetricCodes<C, true>, T, T>({amax, low, high}, x, 0, out, layout, threads);
         }
+#if defined(__FMA__) || defined(__aarch64__)
+        if constexpr (std::is_same_v<C, float>) {
+            if (SymmetricFakeQuick<false>::suits(amax, count, lo, bound)) {
+                if (lo < 0) return elementwise<SymmetricFakeQuick<false>, T, T>({amax, low, high}, x, 0, out, layout, threads);
+                return elementwise<SymmetricFakeQuick<true>, T, T>({amax, low, high}, x, 0, out, layout, threads);
+            }
+        }
+#endif
         if (lo < 0) return elementwise<SymmetricFake<C, false>, T, T>({amax, low, high}, x, 0, out, layout, threads);
         return elementwise<SymmetricFake<C, true>, T, T>({amax, low, high}, x, 0, out, layout, threads);
     });

@@ -47,6 +47,38 @@ struct SymmetricFake {
     C apply(C x, C, C scale, C divisor, C) const { return clamp(round_even(x * scale), lo, bound) / divisor; }
 };
 
+#if defined(__FMA__) || defined(__aarch64__)
+
+// The same in float32 for codes of up to 8 bits, without the division that would take longer than all the rest. A
+// quotient from the rounded reciprocal, corrected once by its exact remainder, is the rounded quotient (Markstein 1990,
+// "Computation of elementary functions on the IBM RISC System/6000 processor"); that one correction is enough for
+// integers up to 255 was seen for every significand, and native/check/quotients.c sees it again.
+template <bool unsigned_>
+struct SymmetricFakeQuick {
+    static constexpr bool kSecond = false, kRefusesNegative = unsigned_;
+    const float* amax;
+    float lo, bound;
+
+    // Whether no parameter is special and all quotients are far from the ends of the exponent's range.
+    static bool suits(const float* amax, int64_t count, double lo, double bound) {
+        bool all = lo >= -255 && bound <= 255;
+        for (int64_t p = 0; p < count; ++p) all &= (amax[p] > 0x1p-24f) & (amax[p] < 0x1p100f);
+        return all;
+    }
+    void parameters(int64_t p, float* out) const {
+        out[0] = bound / amax[p];
+        out[1] = 1 / out[0];
+    }
+    float apply(float x, float, float scale, float reciprocal, float) const {
+        const float code = clamp(round_even(x * scale), lo, bound);
+        const float quotient = code * reciprocal;
+        const float corrected = __builtin_fmaf(__builtin_fmaf(-quotient, scale, code), reciprocal, quotient);
+        return __builtin_copysignf(corrected, code);  // a code of -0 gives -0
+    }
+};
+
+#endif
+
 template <class C, bool unsigned_>
 struct SymmetricCodes {
     static constexpr bool kSecond = false, kRefusesNegative = unsigned_;

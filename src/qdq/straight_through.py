@@ -142,6 +142,7 @@ class TensorQuantFunction(_SymmetricFunction):
                 "use fewer bits or a wider input dtype"
             )
         if inputs.dtype == torch.float16:
+            checks.check_amax(amax)
             checks.check_float16_scale(amax, fmt)
         return run.symmetric_quantize(inputs, amax, fmt, block_size)
 
@@ -212,7 +213,8 @@ _FEW_ELEMENTS = 8192
 
 def eager_fake_tensor_quant(inputs: Tensor, amax: Tensor, run: Any, fmt: IntFormat, block_size: int | None) -> Tensor:
     """Fake quantization with its gradient recorded, of plain tensors on a fast engine."""
-    if inputs.numel() <= _FEW_ELEMENTS and run.IN_PLACE and not amax.requires_grad and run.is_simple(inputs, amax):
+    small = block_size is None and run.IN_PLACE and inputs.numel() <= _FEW_ELEMENTS
+    if small and not amax.requires_grad and not fmt.degenerate and run.is_simple(inputs, amax):
         # Clamping at amax has the very same gradient, in PyTorch's own code, and keeps its input for it, not its
         # result: that is memory which the quantized values may fill.
         largest = amax.item()
@@ -263,7 +265,7 @@ class ScaledE4M3Function(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         tensor, amax = inputs[0], inputs[1]
-        ctx.save_for_backward(tensor, tensor.new_tensor(E4M3.max_value) if amax is None else amax)
+        ctx.save_for_backward(tensor, tensor.new_full((), E4M3.max_value) if amax is None else amax)
         ctx.block_size = None if amax is None else inputs[4]
 
     @staticmethod

@@ -18,7 +18,7 @@ from ..formats import FloatFormat, IntFormat
 from . import checks, reference
 from .cpu_integer_arithmetic import add_codes, requantize
 from .cpu_statistics import abs_histogram, absmax, histogram, minmax
-from .layout import Layout, block_layout, broadcast_layout, is_dense, per_tensor
+from .layout import Layout, block_layout, broadcast_layout, is_dense, one_axis, per_tensor
 from .native import (
     DTYPES,
     FAKE_TENSOR,
@@ -95,7 +95,7 @@ def _refuse(status: int, parameter: str) -> None:
     if status & UNORDERED_RANGE:
         raise ValueError(checks.UNORDERED_RANGE)
     if status & NO_MEMORY:
-        raise MemoryError("the compiled kernels found no memory for the parameters")
+        raise MemoryError("the compiled kernels found no memory for the parameters, or a tensor that has none")
 
 
 def _dense_source(inputs: Tensor, out: Tensor) -> Tensor:
@@ -115,16 +115,25 @@ def _values(parameter: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _placed(x: Tensor, names: str, block_size: int | None, *parameters: Tensor) -> tuple[Layout, list[Tensor]]:
     """The layout that dense ``x`` has with its parameters, and these in the order of memory."""
-    if all(parameter.numel() == 1 for parameter in parameters):
+    one_each = all(parameter.numel() == 1 for parameter in parameters)
+    if one_each and block_size is None:
         return per_tensor(x.numel()), list(parameters)
+    if block_size is None and x.numel():
+        layouts = [one_axis(x, parameter) for parameter in parameters]
+        if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
+            return layouts[0], [parameter.contiguous() for parameter in parameters]
     fitted = [expand_blocks(x, p, block_size, name) for p, name in zip(parameters, names.split(), strict=True)]
+    if one_each:
+        return per_tensor(x.numel()), list(parameters)
+    if x.numel() == 0:
+        return Layout(0, 0, 0, min(p.numel() for p in parameters)), [p.reshape(-1).contiguous() for p in parameters]
     if block_size is not None:
         placed = [block_layout(x, p, block_size) for p in parameters]
     else:
         shape = torch.broadcast_shapes(*(p.shape for p in fitted))
         placed = [broadcast_layout(x, p.expand(shape)) for p in fitted]
     layout = max((layout for layout, _ in placed), key=lambda found: found.count)
-    return layout, [p.expand(layout.count).contiguous() if p.numel() == 1 else p for _, p in placed]
+    return layout, [p.reshape(1).expand(layout.count).contiguous() if p.numel() == 1 else p for _, p in placed]
 
 
 def _blocks_apart(function: Any, inputs: Tensor, *arguments: Any) -> Tensor:
@@ -150,7 +159,7 @@ def symmetric_quantize(
 
 def symmetric_fake_quantize(inputs: Tensor, amax: Tensor, fmt: IntFormat, block_size: int | None = None) -> Tensor:
     """:func:`qdq.kernels.reference.symmetric_fake_quantize`."""
-    if is_simple(inputs, amax) and not fmt.degenerate:
+    if block_size is None and is_simple(inputs, amax) and not fmt.degenerate:
         return fill_fake_quantized(torch.empty_like(inputs), inputs, amax, fmt)
     if fmt.degenerate:
         return reference.symmetric_fake_quantize(inputs, amax, fmt, block_size)
@@ -176,7 +185,7 @@ def _symmetric(codes: int, inputs: Tensor, amax: Tensor, fmt: IntFormat, block_s
     source = inputs if inputs.is_contiguous() and not inputs.is_neg() else _dense_source(inputs, out)
     amax = _values(amax, inputs, compute_dtype(dtype))
     n = inputs.numel()
-    if amax.numel() == 1:
+    if amax.numel() == 1 and block_size is None:
         layout = (n, n, n, 1)
     else:
         layout, (amax,) = _placed(out, "amax", block_size, amax)
@@ -223,7 +232,7 @@ def _affine(
         out = torch.empty_like(inputs, dtype=compute)
     step, zero = _values(step_size, inputs, compute), _values(zero_point, inputs, compute)
     n = inputs.numel()
-    if step.numel() == 1 and zero.numel() == 1:
+    if step.numel() == 1 and zero.numel() == 1 and block_size is None:
         layout = (n, n, n, 1)
     else:
         layout, (step, zero) = _placed(out, "step_size zero_point", block_size, step, zero)
@@ -314,7 +323,7 @@ def scaled_float_fake_quantize(
 
 def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: int | None = None) -> Tensor:
     """:func:`qdq.kernels.reference.symmetric_gradient`."""
-    if is_simple(inputs, amax) and is_simple(grad, amax) and grad.shape == inputs.shape:
+    if block_size is None and is_simple(inputs, amax) and is_simple(grad, amax) and grad.shape == inputs.shape:
         out = torch.empty_like(inputs)
         n = inputs.numel()
         threads = _threads() if n > _LEAST_FOR_THREADS else 1
@@ -326,7 +335,7 @@ def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: i
     grad, source, out = _aligned(grad, inputs)
     amax = _values(amax, inputs, compute_dtype(inputs.dtype))
     n = inputs.numel()
-    if amax.numel() == 1:
+    if amax.numel() == 1 and block_size is None:
         layout = (n, n, n, 1)
     else:
         layout, (amax,) = _placed(out, "amax", block_size, amax)
@@ -393,7 +402,7 @@ def _range_gradient(
     compute = compute_dtype(inputs.dtype)
     grad, source, out = _aligned(grad, inputs)
     first, last = _values(low, inputs, compute), _values(high, inputs, compute)
-    sums = torch.empty(2, dtype=torch.float64)
+    sums = torch.empty(2, dtype=torch.float64, device="cpu")
     status = _kernels.qdq_range_gradient(
         DTYPES[inputs.dtype],
         inclusive,
@@ -408,7 +417,9 @@ def _range_gradient(
     )
     if status:
         _refuse(status, "range")
-    return out, sums[0].to(low.dtype).reshape(low.shape), sums[1].to(high.dtype).reshape(high.shape)
+    # Copies: results of an operator may not share memory.
+    ends = [total.to(end.dtype, copy=True).reshape(end.shape) for total, end in zip(sums, (low, high), strict=True)]
+    return out, ends[0], ends[1]
 
 
 def _differ(grad: Tensor, inputs: Tensor) -> bool:

@@ -21,7 +21,7 @@ def requantize(sums: list[Tensor], bias: Tensor | None, ratio: Tensor, step: Ten
     plain = all(x.dtype is torch.float32 and x.stride() == out.stride() for x in sums)
     if len(sums) > 2 or not plain or not is_dense(out) or out.dim() < 2:
         return reference.requantize(sums, bias, ratio, step)
-    zeros = torch.zeros(out.shape[1])
+    zeros = out.new_zeros(out.shape[1])
     whole = zeros.double() if bias is None else bias
     high = whole.float()
     low = (whole - high).float()
@@ -51,7 +51,8 @@ def add_codes(
         return reference.add_codes(a, b, steps, zero_points)
     ratio_a, ratio_b, fixed = reference.add_constants(steps, zero_points)
     (step_a, step_b, step), (zero_a, zero_b, zero) = steps, zero_points
-    numbers = torch.tensor([float(v) for v in (step_a, zero_a, ratio_a, step_b, zero_b, ratio_b, fixed, zero, step)])
+    values = (step_a, zero_a, ratio_a, step_b, zero_b, ratio_b, fixed, zero, step)
+    numbers = torch.tensor([float(value) for value in values], dtype=torch.float32, device="cpu")
     out = torch.empty_like(a)
     _kernels.qdq_add_codes(
         a.data_ptr(), b.data_ptr(), out.data_ptr(), per_tensor(a.numel()).n, numbers.data_ptr(), _threads()

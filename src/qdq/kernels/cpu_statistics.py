@@ -67,7 +67,8 @@ def _histogram(absolute: int, x: Tensor, width: float, first: int, num_bins: int
     source = x.detach()
     if source.is_neg() or not is_dense(source):
         source = torch.empty_like(source).copy_(source)
-    counts, others = torch.zeros(num_bins, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(num_bins, dtype=torch.int64, device="cpu")
+    others = torch.zeros(2, dtype=torch.int64, device="cpu")
     status = _kernels.qdq_histogram(
         DTYPES[x.dtype],
         absolute,

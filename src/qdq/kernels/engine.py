@@ -63,6 +63,8 @@ def _never(*_: Any) -> bool:
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", _never)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
 _tracing = getattr(torch._C, "_is_tracing", _never)
+# The older form of batching, which `torch.autograd.grad(..., is_grads_batched=True)` still uses.
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", _never)
 
 
 class _Choice:
@@ -80,7 +82,7 @@ class _Choice:
         Raises:
             ValueError: QDQ_ENGINE names none.
         """
-        name = self.forced or os.environ.get(VARIABLE) or None
+        name = self.forced if self.forced is not None else os.environ.get(VARIABLE) or None
         if name is not None and name not in NAMES:
             raise ValueError(f"{VARIABLE}={name!r} is no engine: choose one of {', '.join(NAMES)}")
         return name
@@ -129,7 +131,15 @@ _choice = _Choice()
 
 def is_plain(x: Any) -> bool:
     """True for a tensor whose memory can be computed on: no subclass, not sparse, no transform or mode around it."""
-    return type(x) in _PLAIN and x.layout is _STRIDED and not _transforming() and not _modes()
+    return (
+        type(x) in _PLAIN
+        and x.layout is _STRIDED
+        and not _transforming()
+        and not _modes()
+        and not x.is_nested
+        and not x._is_zerotensor()
+        and not _batched(x)
+    )
 
 
 def of_eager_call(x: Any, parameter: Any) -> ModuleType | None:
@@ -143,6 +153,7 @@ def of_eager_call(x: Any, parameter: Any) -> ModuleType | None:
         or type(parameter) not in _PLAIN
         or x.layout is not _STRIDED
         or parameter.layout is not _STRIDED
+        or x.is_nested
         or _transforming()
         or _modes()
         or _tracing()

@@ -54,6 +54,9 @@ def broadcast_layout(x: Tensor, parameter: Tensor) -> tuple[Layout, Tensor]:
         return per_tensor(n), parameter
     if n == 0:
         return Layout(0, 0, 0, parameter.numel()), parameter.contiguous()
+    quick = one_axis(x, parameter)
+    if quick is not None:
+        return quick, parameter.contiguous()
     full = parameter.reshape((1,) * (x.dim() - parameter.dim()) + tuple(parameter.shape))
     order = [axis for axis in memory_order(x) if x.shape[axis] != 1]
     varying = [place for place, axis in enumerate(order) if full.shape[axis] != 1]
@@ -67,6 +70,21 @@ def broadcast_layout(x: Tensor, parameter: Tensor) -> tuple[Layout, Tensor]:
     rest = [axis for axis in range(x.dim()) if axis not in used]
     values = full.permute(*used, *rest).reshape(-1)
     return Layout(n, inner * count, inner, count), values.contiguous()
+
+
+def one_axis(x: Tensor, parameter: Tensor) -> Layout | None:
+    """The layout of dense ``x`` with a parameter that varies along one axis, the most frequent case; else None."""
+    sizes, count = parameter.shape, parameter.numel()
+    first = x.dim() - len(sizes)
+    if first < 0 or count == 0:
+        return None
+    for axis, size in enumerate(sizes, first):
+        if size != 1:
+            if size != count or x.shape[axis] != count:
+                return None
+            inner = x.stride(axis)
+            return Layout(x.numel(), inner * count, inner, count)
+    return None
 
 
 def block_layout(x: Tensor, parameter: Tensor, block_size: int) -> tuple[Layout, Tensor]:

@@ -109,12 +109,13 @@ def library() -> Library:
                 continue
             for name, arguments in _SIGNATURES.items():
                 getattr(functions, name).argtypes = arguments
+            functions.qdq_level.restype = ctypes.c_char_p
+            functions.qdq_set_level.argtypes = [ctypes.c_char_p]
+            openmp = bool(functions.qdq_openmp())
         except (OSError, AttributeError) as error:
             problems.append(f"{path} cannot be loaded: {error}: reinstall qdq")
             continue
-        functions.qdq_level.restype = ctypes.c_char_p
-        functions.qdq_set_level.argtypes = [ctypes.c_char_p]
-        return Library(path, "the compiled kernels are installed", functions, bool(functions.qdq_openmp()))
+        return Library(path, "the compiled kernels are installed", functions, openmp)
     for problem in problems:
         _log.warning("%s; the slower reference runs", problem)
     return Library(None, "; ".join(problems))

@@ -239,7 +239,7 @@ def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _keep_float(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensor, amax, block_size = inputs
-    ctx.save_for_backward(tensor, tensor.new_tensor(E4M3.max_value) if amax is None else amax)
+    ctx.save_for_backward(tensor, tensor.new_full((), E4M3.max_value) if amax is None else amax)
     ctx.settings = [None if amax is None else block_size]
 
 
@@ -270,7 +270,7 @@ scaled_e4m3.register_autograd(
 )
 round_to_float_format.register_autograd(
     lambda ctx, grad: (
-        symmetric_gradient(grad, ctx.saved_tensors[0], ctx.saved_tensors[0].new_tensor(ctx.largest)),
+        symmetric_gradient(grad, ctx.saved_tensors[0], ctx.saved_tensors[0].new_full((), ctx.largest)),
         None,
         None,
     ),
