@@ -90,8 +90,8 @@ QDQ_EXPORT int qdq_requantize(const float* x, const float* second, float* out, i
                               float step, int threads);
 
 // Codes of two tensors added: (round(float(a * ratio_a + float(b * ratio_b + fixed))) - zero) * step, the products and
-// sums in float64, where a = round(x / step_a) + zero_a, b likewise; float32 only. `numbers` holds step_a, zero_a,
-// ratio_a, step_b, zero_b, ratio_b, fixed, zero, step.
+// sums in float64, where a = round(x / step_a) + zero_a for x on the grid of step_a, b likewise; float32 only. `numbers`
+// holds step_a, zero_a, ratio_a, step_b, zero_b, ratio_b, fixed, zero, step.
 QDQ_EXPORT int qdq_add_codes(const float* x, const float* second, float* out, int64_t n, const float* numbers,
                              int threads);
 

@@ -132,8 +132,8 @@ int requantize(const float* x, const float* second, float* out, int64_t n, int64
 int add_codes(const float* x, const float* second, float* out, int64_t n, const float* numbers, int threads) {
     const QdqLayout layout{n, n, n, 1};
     return for_dtype(QDQ_FLOAT32, [&](auto) {
-        const AddCodes<float> op{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
-                                 numbers[5], numbers[6], numbers[7], numbers[8]};
+        const AddCodes<float> op{1 / numbers[0], numbers[1], numbers[2], 1 / numbers[3], numbers[4],
+                                 numbers[5],     numbers[6], numbers[7], numbers[8]};
         return elementwise<AddCodes<float>, float, float>(op, x, second, out, layout, threads);
     });
 }

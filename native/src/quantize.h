@@ -263,11 +263,12 @@ struct Requantize {
 template <class C>
 struct AddCodes {
     static constexpr bool kSecond = true, kRefusesNegative = false;
-    C step_a, zero_a, ratio_a, step_b, zero_b, ratio_b, fixed, zero, step;
+    C inverse_a, zero_a, ratio_a, inverse_b, zero_b, ratio_b, fixed, zero, step;
 
     void parameters(int64_t, C*) const {}
     C apply(C x, C second, C, C, C) const {
-        const double a = round_even(x / step_a) + zero_a, b = round_even(second / step_b) + zero_b;
+        // The values lie on their grids: a product with the inverse is as near to the code as the quotient.
+        const double a = round_even(x * inverse_a) + zero_a, b = round_even(second * inverse_b) + zero_b;
         const C inner = static_cast<C>(b * static_cast<double>(ratio_b) + static_cast<double>(fixed));
         const C sum = static_cast<C>(a * static_cast<double>(ratio_a) + static_cast<double>(inner));
         return (round_even(sum) - zero) * step;

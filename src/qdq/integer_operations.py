@@ -116,9 +116,13 @@ class IntegerConvolution(IntegerOperation):
             halves = _halves_are_exact(codes, _largest_multiple(self.inputs[0]))
             return _ConvolutionConstants(codes, reach, integers, (input_step * step) / output_step, halves)
 
-        read = [weight, input_step, self.inputs[0].zero_point, output_step, quantizer.step_size]
-        read += [] if bias is None else [bias]
-        constants = self._remembered.get(in_codes, *read) if can_remember(weight) else in_codes()
+        # Weight and bias come from their quantizers, which keep what they gave.
+        kept = (weight,) if bias is None else (weight, bias)
+        settings = input_step, self.inputs[0].zero_point, output_step, quantizer.step_size
+        if can_remember(weight):
+            constants = self._remembered.get(in_codes, *settings, kept=kept)
+        else:
+            constants = in_codes()
         run = for_tensor(x)
         sums = self._sums(_multiples(x, self.inputs[0]), constants, rest)
         return run.requantize(sums, constants.bias, constants.ratio, output_step)

@@ -20,18 +20,21 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, Any] | None = None
+        self._last: tuple[Any, Any, tuple[Tensor, ...]] | None = None
 
-    def get(self, compute: Callable[[], Any], *tensors: Tensor) -> Any:
-        """What ``compute`` gave for these tensors the last time, or gives now."""
+    def get(self, compute: Callable[[], Any], *tensors: Tensor, kept: tuple[Tensor, ...] = ()) -> Any:
+        """What ``compute`` gave for these tensors the last time, or gives now.
+
+        ``kept`` are results of another :class:`Remembered`, which nobody writes to: being the same tensors is enough.
+        """
         key = tuple(_fingerprint(x) for x in tensors)
         last = self._last  # read once: another thread may be computing, too
-        if last is not None and last[0] == key:
+        if last is not None and last[0] == key and all(a is b for a, b in zip(last[2], kept, strict=True)):
             return last[1]
         # In inference mode the result could not be used with gradients later.
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
-        self._last = key, value
+        self._last = key, value, kept
         return value
 
     def __deepcopy__(self, memo: Any) -> Remembered:

@@ -64,7 +64,7 @@ _transforming = getattr(torch._C, "_are_functorch_transforms_active", _never)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
 _tracing = getattr(torch._C, "_is_tracing", _never)
 # The older form of batching, which `torch.autograd.grad(..., is_grads_batched=True)` still uses.
-_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", _never)
+_batched = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", _never)
 
 
 class _Choice:
