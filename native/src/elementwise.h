@@ -33,11 +33,6 @@ struct Compute<double> {
     using Type = double;
 };
 
-template <class Op, class C>
-struct Parameters {
-    const C* values[kParameters];
-};
-
 #if defined(__GNUC__)
 #define QDQ_NOINLINE __attribute__((noinline))
 #endif
@@ -128,7 +123,7 @@ class Elementwise {
         }
         if (layout_.inner == 1 && layout_.count >= kLongRun) {
             // Neighbours belong to neighbouring parameters until the last: the lists can be read as they are.
-            int64_t p = (begin / layout_.row * layout_.row + begin % layout_.row) % layout_.count;
+            int64_t p = begin % layout_.count;
             for (int64_t i = begin; i < end; p = 0) {
                 int64_t n = layout_.count - p;
                 if (n > end - i) n = end - i;

@@ -169,7 +169,7 @@ class alignas(128) Counter {  // threads count side by side, and must not share 
                 if (binning == Binning::kWidePowerOfTwo) index += (scaled == 0) & (v < 0);
                 if (binning == Binning::kSigned) {
                     const Values above = scaled - __builtin_convertvector(index, Values);
-                    unsure = ((above <= error) | (above >= 1 - error)) & ~(v == 0);
+                    unsure = ((above <= error) | (above >= 1 - error)) & ~(v == 0) & inside;
                 }
             }
             zeros += v == 0;

@@ -2,10 +2,9 @@
 // anonymous namespace: functions of two instruction sets must never be merged by the linker.
 #include "level.h"
 
-#include <new>
-
 #include "histogram.h"
 #include "quantize.h"
+#include "quick_halves.h"
 #include "reductions.h"
 
 namespace {
@@ -23,7 +22,7 @@ int for_dtype(int dtype, const Body& body) {
             case QDQ_FLOAT16: return body(Float16{});
             default: return body(BFloat16{});
         }
-    } catch (const std::bad_alloc&) {
+    } catch (...) {  // the standard library throws only for memory here; nothing may leave a C function
         return QDQ_NO_MEMORY;
     }
 }
@@ -58,6 +57,16 @@ int symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int64_t
 #if defined(__FMA__) || defined(__aarch64__)
         if constexpr (std::is_same_v<C, float>) {
             if (SymmetricFakeQuick<false>::suits(amax, count, lo, bound)) {
+#if defined(QDQ_QUICK_HALVES)
+                if constexpr (!std::is_same_v<T, float>) {
+                    if (count == 1 || inner >= kLongRun) {
+                        const T* from = static_cast<const T*>(x);
+                        T* to = static_cast<T*>(out);
+                        if (lo < 0) return quick_halves<false>({amax, low, high}, from, to, layout, threads);
+                        return quick_halves<true>({amax, low, high}, from, to, layout, threads);
+                    }
+                }
+#endif
                 if (lo < 0) return elementwise<SymmetricFakeQuick<false>, T, T>({amax, low, high}, x, 0, out, layout, threads);
                 return elementwise<SymmetricFakeQuick<true>, T, T>({amax, low, high}, x, 0, out, layout, threads);
             }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -11,14 +10,14 @@
 
 namespace {
 
-// Eight accumulators of a vector register each: enough to hide the latency of a comparison.
+// Accumulators of a vector register each: enough to hide the latency of a comparison.
 template <class C>
 struct Lanes {
     static constexpr int kWidth = 32 / sizeof(C), kCount = 4;
     typedef C Vector __attribute__((vector_size(32), aligned(sizeof(C))));
 };
 
-// What was seen of one parameter's elements: -smallest and largest share one direction, which saves code.
+// What was seen of one parameter's elements.
 template <class C>
 struct Range {
     C low = kInfinity<C>, high = -kInfinity<C>;
@@ -222,7 +221,7 @@ int range_gradient(const void* grad_, const void* x_, void* out_, int64_t n, con
                 narrow_all(wide, out + begin, length);
             }
         }
-    });
+    }, 1);
     sums[0] = sums[1] = 0;
     for (int64_t slice = 0; slice < slices; ++slice) {
         sums[0] += all[static_cast<size_t>(2 * slice)];

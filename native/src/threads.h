@@ -19,14 +19,14 @@ inline int thread_count(int64_t n, int wanted) {
     return wanted < most ? (wanted < 1 ? 1 : wanted) : static_cast<int>(most);
 }
 
-// body(begin, end, index) for `parts` slices of [0, n), each but the last a multiple of 64 elements.
+// body(begin, end, index) for `parts` slices of [0, n), each but the last a multiple of `granule`.
 template <class Body>
-void parallel(int64_t n, int parts, const Body& body) {
+void parallel(int64_t n, int parts, const Body& body, int64_t granule = 64) {
     if (parts <= 1) {
         body(int64_t{0}, n, 0);
         return;
     }
-    const int64_t slice = ((n + parts - 1) / parts + 63) / 64 * 64;
+    const int64_t slice = ((n + parts - 1) / parts + granule - 1) / granule * granule;
     auto part = [&](int i) {
         const int64_t begin = slice * i < n ? slice * i : n;
         const int64_t end = begin + slice < n ? begin + slice : n;

@@ -11,6 +11,7 @@ disabled or collecting, the plain PyTorch operation runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from .affine_quantizer import AffineQuantizer
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
 from .kernels.engine import for_tensor
+from .kernels.reference import fma
 from .remembered import Remembered, can_remember
 
 Quantizer = AffineQuantizer | WeightQuantizer | BiasQuantizer
@@ -78,17 +80,17 @@ class _ConvolutionConstants:
 
     Attributes:
         weight: the codes, float32.
-        reach: per output channel, the sum of their magnitudes: how much a sum grows with the input's largest code.
+        reach: the largest sum of their magnitudes over the output channels: how a sum grows with the input's codes.
         bias: int32 codes as float64, or None.
         ratio: step of the sums over step of the result, float32.
-        exact_halves: whether the sums over each half of the input channels are exact.
+        half_reach: the same over one half of the input channels, the larger of the two; infinite without halves.
     """
 
     weight: Tensor
     reach: float
     bias: Tensor | None
     ratio: Tensor
-    exact_halves: bool
+    half_reach: float
 
 
 class IntegerConvolution(IntegerOperation):
@@ -113,12 +115,11 @@ class IntegerConvolution(IntegerOperation):
             integers = None
             if bias is not None:
                 integers = torch.round(bias.double() / (input_step.double() * step.double()))
-            halves = _halves_are_exact(codes, _largest_multiple(self.inputs[0]))
-            return _ConvolutionConstants(codes, reach, integers, (input_step * step) / output_step, halves)
+            return _ConvolutionConstants(codes, reach, integers, (input_step * step) / output_step, _half_reach(codes))
 
         # Weight and bias come from their quantizers, which keep what they gave.
         kept = (weight,) if bias is None else (weight, bias)
-        settings = input_step, self.inputs[0].zero_point, output_step, quantizer.step_size
+        settings = input_step, output_step, quantizer.step_size
         if can_remember(weight):
             constants = self._remembered.get(in_codes, *settings, kept=kept)
         else:
@@ -135,8 +136,8 @@ class IntegerConvolution(IntegerOperation):
             largest = float(for_tensor(x).absmax(x))
         if constants.reach * largest < EXACT_FLOAT32:
             return [self.operation(x, weight, None, *rest)]
-        groups, half = rest[-1] if rest else 1, weight.shape[1] // 2
-        if groups == 1 and constants.exact_halves:
+        groups, half = rest[3] if len(rest) > 3 else 1, weight.shape[1] // 2
+        if groups == 1 and constants.half_reach * largest < EXACT_FLOAT32:
             # As much work as at once, but each sum is short enough for float32.
             return [
                 self.operation(x[:, :half], weight[:, :half], None, *rest),
@@ -169,7 +170,7 @@ class IntegerMul(IntegerOperation):
         product = torch.round(args[0] / first.step_size) * torch.round(args[1] / second.step_size)
         zero = output.zero_point.double()
         ratio = first.step_size * second.step_size / output.step_size
-        return self._on_grid(torch.round(_fma(product, ratio, zero)) - zero.float())
+        return self._on_grid(torch.round(fma(product, ratio, zero)) - zero.float())
 
 
 class IntegerGlobalAverage(IntegerOperation):
@@ -200,13 +201,8 @@ def _largest_multiple(quantizer: AffineQuantizer) -> float:
     return max(quantizer.hi - zero, zero - quantizer.lo)
 
 
-def _halves_are_exact(weight: Tensor, largest: float) -> bool:
-    """Whether the sums over each half of the input channels stay exact in float32."""
+def _half_reach(weight: Tensor) -> float:
+    """The largest sum of magnitudes over the first or the second half of the input channels; infinite without both."""
     half = weight.shape[1] // 2
-    reach = [part.abs().flatten(1).sum(1).max() for part in (weight[:, :half], weight[:, half:]) if part.numel()]
-    return len(reach) == 2 and float(max(reach)) * largest < EXACT_FLOAT32
-
-
-def _fma(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
-    """x * y + z rounded once to float32; products of codes and ratios are exact in float64."""
-    return (x.double() * y + z).float()
+    halves = [part.abs().flatten(1).sum(1).max() for part in (weight[:, :half], weight[:, half:]) if part.numel()]
+    return float(max(halves)) if len(halves) == 2 else math.inf

@@ -190,6 +190,12 @@ def test_parameters_of_different_shapes() -> None:
     check("range_fake_quantize", x, -step, torch.rand(4, 1, 1), 8)
 
 
+@pytest.mark.parametrize("block_size", [4, 8])
+def test_many_rows_of_short_blocks(block_size: int) -> None:
+    x = torch.randn(64, 128)
+    check("symmetric_fake_quantize", x, torch.rand(64, 128 // block_size) + 0.1, INT8, block_size)
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 32, 100])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 70), (130,), (0, 64)])
 def test_blocks(block_size: int, shape: tuple[int, ...]) -> None:

@@ -15,20 +15,11 @@ import torch
 from torch import Tensor
 
 from ..formats import FloatFormat, IntFormat
-from . import checks, reference
+from . import reference
 from .cpu_integer_arithmetic import add_codes, requantize
 from .cpu_statistics import abs_histogram, absmax, histogram, minmax
 from .layout import Layout, block_layout, broadcast_layout, is_dense, one_axis, per_tensor
-from .native import (
-    DTYPES,
-    FAKE_TENSOR,
-    NEGATIVE_INPUT,
-    NEGATIVE_PARAMETER,
-    NO_MEMORY,
-    TENSOR_GRADIENT,
-    UNORDERED_RANGE,
-    library,
-)
+from .native import DTYPES, FAKE_TENSOR, TENSOR_GRADIENT, library, refuse
 from .reference import compute_dtype, expand_blocks
 
 __all__ = [
@@ -85,17 +76,6 @@ def is_simple(x: Tensor, amax: Tensor) -> bool:
         and not x.is_neg()
         and not amax.is_neg()
     )
-
-
-def _refuse(status: int, parameter: str) -> None:
-    if status & NEGATIVE_PARAMETER:
-        raise ValueError(checks.NEGATIVE_AMAX if parameter == "amax" else checks.STEP_SIZE_NOT_POSITIVE)
-    if status & NEGATIVE_INPUT:
-        raise TypeError(checks.NEGATIVE_INPUT)
-    if status & UNORDERED_RANGE:
-        raise ValueError(checks.UNORDERED_RANGE)
-    if status & NO_MEMORY:
-        raise MemoryError("the compiled kernels found no memory for the parameters, or a tensor that has none")
 
 
 def _dense_source(inputs: Tensor, out: Tensor) -> Tensor:
@@ -173,7 +153,7 @@ def fill_fake_quantized(out: Tensor, inputs: Tensor, amax: Tensor, fmt: IntForma
     call = _fake_tensor_call(inputs.data_ptr(), out.data_ptr(), amax.data_ptr(), n, 0, threads, fmt.lo, fmt.hi)
     status = _fake_tensor(call)
     if status:
-        _refuse(status, "amax")
+        refuse(status, "amax")
     return out
 
 
@@ -201,7 +181,7 @@ def _symmetric(codes: int, inputs: Tensor, amax: Tensor, fmt: IntFormat, block_s
         _threads(),
     )
     if status:
-        _refuse(status, "amax")
+        refuse(status, "amax")
     return out
 
 
@@ -249,7 +229,7 @@ def _affine(
         _threads(),
     )
     if status:
-        _refuse(status, "step_size")
+        refuse(status, "step_size")
     return out
 
 
@@ -271,7 +251,7 @@ def range_fake_quantize(inputs: Tensor, min_range: Tensor, max_range: Tensor, nu
         _threads(),
     )
     if status:
-        _refuse(status, "range")
+        refuse(status, "range")
     return out
 
 
@@ -285,7 +265,8 @@ def round_to_e8m0(x: Tensor) -> Tensor:
     compute_dtype(x.dtype)
     out = torch.empty_like(x)
     source = _dense_source(x, out)
-    _kernels.qdq_e8m0(DTYPES[x.dtype], source.data_ptr(), out.data_ptr(), x.numel(), _threads())
+    status = _kernels.qdq_e8m0(DTYPES[x.dtype], source.data_ptr(), out.data_ptr(), x.numel(), _threads())
+    refuse(status)
     return out
 
 
@@ -317,7 +298,7 @@ def scaled_float_fake_quantize(
         _threads(),
     )
     if status:
-        _refuse(status, "amax")
+        refuse(status, "amax")
     return out
 
 
@@ -328,7 +309,7 @@ def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: i
         n = inputs.numel()
         threads = _threads() if n > _LEAST_FOR_THREADS else 1
         pointers = grad.data_ptr(), inputs.data_ptr(), out.data_ptr(), amax.data_ptr()
-        _tensor_gradient(_tensor_gradient_call(*pointers, n, 0, threads))
+        refuse(_tensor_gradient(_tensor_gradient_call(*pointers, n, 0, threads)))
         return out
     if _differ(grad, inputs) or _needs_rows(inputs, block_size):
         return reference.symmetric_gradient(grad, inputs, amax, block_size)
@@ -339,7 +320,7 @@ def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: i
         layout = (n, n, n, 1)
     else:
         layout, (amax,) = _placed(out, "amax", block_size, amax)
-    _kernels.qdq_symmetric_gradient(
+    status = _kernels.qdq_symmetric_gradient(
         DTYPES[inputs.dtype],
         grad.data_ptr(),
         source.data_ptr(),
@@ -348,6 +329,7 @@ def symmetric_gradient(grad: Tensor, inputs: Tensor, amax: Tensor, block_size: i
         amax.data_ptr(),
         _threads(),
     )
+    refuse(status)
     return out
 
 
@@ -367,7 +349,7 @@ def affine_gradient(
     grad, source, out = _aligned(grad, inputs)
     step, zero = _values(step_size, inputs, compute), _values(zero_point, inputs, compute)
     layout, (step, zero) = _placed(out, "step_size zero_point", block_size, step, zero)
-    _kernels.qdq_affine_gradient(
+    status = _kernels.qdq_affine_gradient(
         DTYPES[inputs.dtype],
         grad.data_ptr(),
         source.data_ptr(),
@@ -379,6 +361,7 @@ def affine_gradient(
         hi,
         _threads(),
     )
+    refuse(status)
     return out
 
 
@@ -416,14 +399,14 @@ def _range_gradient(
         _threads(),
     )
     if status:
-        _refuse(status, "range")
+        refuse(status, "range")
     # Copies: results of an operator may not share memory.
     ends = [total.to(end.dtype, copy=True).reshape(end.shape) for total, end in zip(sums, (low, high), strict=True)]
     return out, ends[0], ends[1]
 
 
 def _differ(grad: Tensor, inputs: Tensor) -> bool:
-    """True for what the kernels do not pair: another dtype or shape, or a gradient on another device or of a class."""
+    """True for what the kernels do not pair: another dtype or shape, or a gradient on another device."""
     return grad.dtype is not inputs.dtype or grad.shape != inputs.shape or not grad.is_cpu
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .layout import broadcast_layout, is_dense, per_tensor
-from .native import library
+from .engine import is_plain
+from .layout import broadcast_layout, is_dense
+from .native import library, refuse
 
 _kernels: Any = library().functions
 _threads = torch.get_num_threads
@@ -28,7 +29,7 @@ def requantize(sums: list[Tensor], bias: Tensor | None, ratio: Tensor, step: Ten
     shape = [1, -1, *[1] * (out.dim() - 2)]
     placed = [broadcast_layout(out, (values + zeros).reshape(shape)) for values in (high, low, ratio)]
     layout = placed[0][0]
-    _kernels.qdq_requantize(
+    status = _kernels.qdq_requantize(
         out.data_ptr(),
         sums[1].data_ptr() if len(sums) == 2 else None,
         out.data_ptr(),
@@ -37,6 +38,7 @@ def requantize(sums: list[Tensor], bias: Tensor | None, ratio: Tensor, step: Ten
         float(step),
         _threads(),
     )
+    refuse(status)
     return out
 
 
@@ -47,14 +49,14 @@ def add_codes(
     zero_points: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
     """:func:`qdq.kernels.reference.add_codes`."""
-    if a.shape != b.shape or a.stride() != b.stride() or not is_dense(a) or a.dtype is not torch.float32:
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype is b.dtype is torch.float32
+    if not alike or not is_dense(a) or not (is_plain(b) and b.is_cpu) or a.is_neg() or b.is_neg():
         return reference.add_codes(a, b, steps, zero_points)
     ratio_a, ratio_b, fixed = reference.add_constants(steps, zero_points)
     (step_a, step_b, step), (zero_a, zero_b, zero) = steps, zero_points
     values = (step_a, zero_a, ratio_a, step_b, zero_b, ratio_b, fixed, zero, step)
     numbers = torch.tensor([float(value) for value in values], dtype=torch.float32, device="cpu")
     out = torch.empty_like(a)
-    _kernels.qdq_add_codes(
-        a.data_ptr(), b.data_ptr(), out.data_ptr(), per_tensor(a.numel()).n, numbers.data_ptr(), _threads()
-    )
+    pointers = a.data_ptr(), b.data_ptr(), out.data_ptr()
+    refuse(_kernels.qdq_add_codes(*pointers, a.numel(), numbers.data_ptr(), _threads()))
     return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .layout import Layout, is_dense, per_tensor
-from .native import DTYPES, NO_MEMORY, library
+from .native import DTYPES, library, refuse
 from .reference import compute_dtype
 
 _kernels = library().functions
@@ -18,7 +18,7 @@ def absmax(x: Tensor, axis: int | None = None) -> Tensor:
     """:func:`qdq.kernels.reference.absmax`."""
     layout, source, shape = _sliced(x, axis)
     out = x.new_empty(shape)
-    _kernels.qdq_absmax(DTYPES[x.dtype], source.data_ptr(), *layout, out.data_ptr(), _threads())
+    refuse(_kernels.qdq_absmax(DTYPES[x.dtype], source.data_ptr(), *layout, out.data_ptr(), _threads()))
     return out
 
 
@@ -28,7 +28,8 @@ def minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     if layout.n == 0:
         return reference.minmax(x, axis)
     low, high = x.new_empty(shape), x.new_empty(shape)
-    _kernels.qdq_minmax(DTYPES[x.dtype], source.data_ptr(), *layout, low.data_ptr(), high.data_ptr(), _threads())
+    pointers = low.data_ptr(), high.data_ptr()
+    refuse(_kernels.qdq_minmax(DTYPES[x.dtype], source.data_ptr(), *layout, *pointers, _threads()))
     return low, high
 
 
@@ -81,6 +82,5 @@ def _histogram(absolute: int, x: Tensor, width: float, first: int, num_bins: int
         others.data_ptr(),
         _threads(),
     )
-    if status & NO_MEMORY:
-        raise MemoryError(f"no memory for a histogram of {num_bins} bins")
+    refuse(status)
     return counts, others[0], others[1]

@@ -154,6 +154,9 @@ def of_eager_call(x: Any, parameter: Any) -> ModuleType | None:
         or x.layout is not _STRIDED
         or parameter.layout is not _STRIDED
         or x.is_nested
+        or parameter.is_nested
+        or x._is_zerotensor()
+        or parameter._is_zerotensor()
         or _transforming()
         or _modes()
         or _tracing()

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from . import checks
+
 _log = logging.getLogger(__name__)
 
 # QDQ_INTERFACE of the header.
@@ -62,7 +64,7 @@ class Library:
     Attributes:
         path: of the file; None where none was opened.
         reason: one sentence for people.
-        functions: by name without the prefix ``qdq_``; empty where there is no library.
+        functions: by name; None where there is no library.
         openmp: whether it uses several threads.
     """
 
@@ -80,7 +82,7 @@ class Library:
 def _candidates() -> list[Path]:
     """Beside this file, and where an editable install puts what it compiled."""
     beside = Path(__file__).with_name(_NAME)
-    installed = [Path(entry or ".", "qdq", "kernels", _NAME) for entry in sys.path if not entry.endswith(".zip")]
+    installed = [Path(entry, "qdq", "kernels", _NAME) for entry in sys.path if isinstance(entry, str) and entry]
     return [beside, *(path for path in installed if path != beside)]
 
 
@@ -119,3 +121,21 @@ def library() -> Library:
     for problem in problems:
         _log.warning("%s; the slower reference runs", problem)
     return Library(None, "; ".join(problems))
+
+
+def refuse(status: int, parameter: str = "amax") -> None:
+    """Raise what a status of the library stands for; 0 is none.
+
+    Raises:
+        ValueError: a parameter out of its range; ``parameter`` says which it is, "amax" or "step_size".
+        TypeError: a negative input of unsigned quantization.
+        MemoryError: no memory, or a tensor without any.
+    """
+    if status & NEGATIVE_PARAMETER:
+        raise ValueError(checks.NEGATIVE_AMAX if parameter == "amax" else checks.STEP_SIZE_NOT_POSITIVE)
+    if status & NEGATIVE_INPUT:
+        raise TypeError(checks.NEGATIVE_INPUT)
+    if status & UNORDERED_RANGE:
+        raise ValueError(checks.UNORDERED_RANGE)
+    if status:
+        raise MemoryError("the compiled kernels found no memory for the parameters, or a tensor that has none")

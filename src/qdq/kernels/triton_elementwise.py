@@ -235,7 +235,8 @@ def run_elementwise(
         sizes = (rows, inner, count, inner if parts == 1 else row, parts, tiles)
         launch(_rows, programs, *tensors, *sizes, ROWS=height, WIDTH=width, **constants)
     else:
-        period = period_of(n, row)
+        # Of blocks, every row has parameters of its own, and inner * count is all there is.
+        period = period_of(n, inner * count)
         block = min(elements, 1024)
         tiles = ceil_div(period, block)
         matrix_rows = ceil_div(n, period)

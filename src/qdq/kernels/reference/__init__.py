@@ -20,7 +20,7 @@ from .broadcasting import check_broadcast, compute_dtype, expand_blocks
 from .float_formats import round_to_e8m0, round_to_float_format, scaled_float_fake_quantize
 from .gradients import affine_gradient, clip_gradient, range_gradient, symmetric_gradient
 from .histogram import abs_histogram, bin_index, comparable, histogram
-from .integer_arithmetic import add_codes, add_constants, requantize
+from .integer_arithmetic import add_codes, add_constants, fma, requantize
 from .statistics import absmax, minmax
 from .symmetric import TINY_AMAX, symmetric_fake_quantize, symmetric_mask, symmetric_quantize, symmetric_scale
 
@@ -48,6 +48,7 @@ __all__ = [
     "comparable",
     "compute_dtype",
     "expand_blocks",
+    "fma",
     "histogram",
     "minmax",
     "range_fake_quantize",

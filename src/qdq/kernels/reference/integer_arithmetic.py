@@ -48,7 +48,7 @@ def add_codes(
     ratio_a, ratio_b, fixed = add_constants(steps, zero_points)
     zero_a, zero_b, zero = (float(point) for point in zero_points)
     codes_a, codes_b = torch.round(a / step_a) + zero_a, torch.round(b / step_b) + zero_b
-    value = _fma(codes_a, ratio_a, _fma(codes_b, ratio_b, fixed.double()).double())
+    value = fma(codes_a, ratio_a, fma(codes_b, ratio_b, fixed.double()).double())
     return (torch.round(value) - zero) * step
 
 
@@ -59,10 +59,10 @@ def add_constants(
     step_a, step_b, step = steps
     ratio_a, ratio_b = step_a / step, step_b / step
     zero_a, zero_b, zero = (float(point) for point in zero_points)
-    fixed = (zero - _fma(ratio_a, zero_a, (ratio_b * zero_b).double()).double()).float()
+    fixed = (zero - fma(ratio_a, zero_a, (ratio_b * zero_b).double()).double()).float()
     return ratio_a, ratio_b, fixed
 
 
-def _fma(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
+def fma(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
     """x * y + z rounded once to float32; products of codes and ratios are exact in float64."""
     return (x.double() * y + z).float()
