@@ -100,10 +100,13 @@ class Elementwise {
     Elementwise(const Op& op, const QdqLayout& layout) : op_(op), layout_(layout) {
         by_run_ = layout.count == 1 || layout.inner >= kLongRun;
         if (by_run_) return;
-        for (auto& list : lists_) list.resize(static_cast<size_t>(layout.count));
-        for (int64_t p = 0; p < layout.count; ++p) {
+        // Read as they are, the lists are repeated: a call for a few channels at a time would cost more than they do.
+        const bool repeated = layout.inner == 1 && layout.count < kBuffer;
+        period_ = layout.count * (repeated ? (kBuffer + layout.count - 1) / layout.count : 1);
+        for (auto& list : lists_) list.resize(static_cast<size_t>(period_));
+        for (int64_t p = 0; p < period_; ++p) {
             C values[kParameters] = {};
-            op.parameters(p, values);
+            op.parameters(p % layout.count, values);
             for (int k = 0; k < kParameters; ++k) lists_[k][static_cast<size_t>(p)] = values[k];
         }
     }
@@ -121,11 +124,11 @@ class Elementwise {
             });
             return bad;
         }
-        if (layout_.inner == 1 && layout_.count >= kLongRun) {
+        if (layout_.inner == 1) {
             // Neighbours belong to neighbouring parameters until the last: the lists can be read as they are.
-            int64_t p = begin % layout_.count;
+            int64_t p = begin % period_;
             for (int64_t i = begin; i < end; p = 0) {
-                int64_t n = layout_.count - p;
+                int64_t n = period_ - p;
                 if (n > end - i) n = end - i;
                 const int64_t k = i - begin;
                 bad |= apply_each(op_, lists_[0].data() + p, lists_[1].data() + p, lists_[2].data() + p, x + k, at(k),
@@ -154,6 +157,7 @@ class Elementwise {
     const Op& op_;
     const QdqLayout layout_;
     bool by_run_;
+    int64_t period_ = 0;
     std::vector<C> lists_[kParameters];
 };
 

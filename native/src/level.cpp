@@ -4,7 +4,7 @@
 
 #include "histogram.h"
 #include "quantize.h"
-#include "quick_halves.h"
+#include "quick_symmetric.h"
 #include "reductions.h"
 
 namespace {
@@ -57,14 +57,12 @@ int symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int64_t
 #if defined(__FMA__) || defined(__aarch64__)
         if constexpr (std::is_same_v<C, float>) {
             if (SymmetricFakeQuick<false>::suits(amax, count, lo, bound)) {
-#if defined(QDQ_QUICK_HALVES)
-                if constexpr (!std::is_same_v<T, float>) {
-                    if (count == 1 || inner >= kLongRun) {
-                        const T* from = static_cast<const T*>(x);
-                        T* to = static_cast<T*>(out);
-                        if (lo < 0) return quick_halves<false>({amax, low, high}, from, to, layout, threads);
-                        return quick_halves<true>({amax, low, high}, from, to, layout, threads);
-                    }
+#if defined(QDQ_QUICK_SYMMETRIC)
+                if (count == 1 || inner >= kLongRun) {
+                    const T* from = static_cast<const T*>(x);
+                    T* to = static_cast<T*>(out);
+                    if (lo < 0) return quick_symmetric<false>({amax, low, high}, from, to, layout, threads);
+                    return quick_symmetric<true>({amax, low, high}, from, to, layout, threads);
                 }
 #endif
                 if (lo < 0) return elementwise<SymmetricFakeQuick<false>, T, T>({amax, low, high}, x, 0, out, layout, threads);

@@ -73,7 +73,7 @@ struct SymmetricFakeQuick {
         const float code = clamp(round_even(x * scale), lo, bound);
         const float quotient = code * reciprocal;
         const float corrected = __builtin_fmaf(__builtin_fmaf(-quotient, scale, code), reciprocal, quotient);
-        return __builtin_copysignf(corrected, code);  // a code of -0 gives -0
+        return as_float(as_bits(corrected) | (as_bits(code) & 0x80000000u));  // a code of -0 gives -0
     }
 };
 
