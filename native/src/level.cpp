@@ -58,7 +58,7 @@ int symmetric(int dtype, int codes, const void* x, void* out, int64_t n, int64_t
         if constexpr (std::is_same_v<C, float>) {
             if (SymmetricFakeQuick<false>::suits(amax, count, lo, bound)) {
 #if defined(QDQ_QUICK_SYMMETRIC)
-                if (count == 1 || inner >= kLongRun) {
+                if (quick_symmetric_suits(layout)) {
                     const T* from = static_cast<const T*>(x);
                     T* to = static_cast<T*>(out);
                     if (lo < 0) return quick_symmetric<false>({amax, low, high}, from, to, layout, threads);

@@ -72,8 +72,10 @@ struct SymmetricFakeQuick {
     float apply(float x, float, float scale, float reciprocal, float) const {
         const float code = clamp(round_even(x * scale), lo, bound);
         const float quotient = code * reciprocal;
-        const float corrected = __builtin_fmaf(__builtin_fmaf(-quotient, scale, code), reciprocal, quotient);
-        return as_float(as_bits(corrected) | (as_bits(code) & 0x80000000u));  // a code of -0 gives -0
+        const float excess = __builtin_fmaf(quotient, scale, -code);
+        // Written so that a code of -0 gives -0: its excess is +0, and -0 - 0 is -0. (The excess itself is not negated:
+        // GCC merges that into the product before, which changes the sign of a zero.)
+        return __builtin_fmaf(excess, -reciprocal, quotient);
     }
 };
 

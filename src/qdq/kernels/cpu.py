@@ -95,13 +95,13 @@ def _values(parameter: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _placed(x: Tensor, names: str, block_size: int | None, *parameters: Tensor) -> tuple[Layout, list[Tensor]]:
     """The layout that dense ``x`` has with its parameters, and these in the order of memory."""
+    if block_size is None and x.numel():
+        layout = one_axis(x, parameters[0])
+        if layout is not None and all(one_axis(x, parameter) == layout for parameter in parameters[1:]):
+            return layout, [parameter.contiguous() for parameter in parameters]
     one_each = all(parameter.numel() == 1 for parameter in parameters)
     if one_each and block_size is None:
         return per_tensor(x.numel()), list(parameters)
-    if block_size is None and x.numel():
-        layouts = [one_axis(x, parameter) for parameter in parameters]
-        if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
-            return layouts[0], [parameter.contiguous() for parameter in parameters]
     fitted = [expand_blocks(x, p, block_size, name) for p, name in zip(parameters, names.split(), strict=True)]
     if one_each:
         return per_tensor(x.numel()), list(parameters)

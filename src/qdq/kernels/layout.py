@@ -7,6 +7,7 @@ The engines walk memory, whatever the order of the axes in it. Element i of the 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,20 +24,27 @@ class Layout(NamedTuple):
 
 def is_dense(x: Tensor) -> bool:
     """True where the elements fill a block of memory without gaps or repetition, in any order of the axes."""
-    if x.is_contiguous():
-        return True
+    return x.is_contiguous() or _fill_memory(x.shape, x.stride())
+
+
+@lru_cache(maxsize=1024)
+def _fill_memory(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
-    for axis in memory_order(x)[::-1]:
-        if x.shape[axis] != 1:
-            if x.stride(axis) != expected:
+    for axis in _slowest_first(strides)[::-1]:
+        if sizes[axis] != 1:
+            if strides[axis] != expected:
                 return False
-            expected *= x.shape[axis]
+            expected *= sizes[axis]
     return True
 
 
 def memory_order(x: Tensor) -> list[int]:
     """The axes of ``x``, slowest first."""
-    return sorted(range(x.dim()), key=lambda axis: (-x.stride(axis), axis))
+    return _slowest_first(x.stride())
+
+
+def _slowest_first(strides: tuple[int, ...]) -> list[int]:
+    return sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis))
 
 
 def per_tensor(n: int) -> Layout:
@@ -74,16 +82,22 @@ def broadcast_layout(x: Tensor, parameter: Tensor) -> tuple[Layout, Tensor]:
 
 def one_axis(x: Tensor, parameter: Tensor) -> Layout | None:
     """The layout of dense ``x`` with a parameter that varies along one axis, the most frequent case; else None."""
-    sizes, count = parameter.shape, parameter.numel()
-    first = x.dim() - len(sizes)
+    return _one_axis(x.shape, x.stride(), parameter.shape)
+
+
+@lru_cache(maxsize=1024)
+def _one_axis(
+    sizes: tuple[int, ...], strides: tuple[int, ...], parameter_sizes: tuple[int, ...]
+) -> Layout | None:
+    count = math.prod(parameter_sizes)
+    first = len(sizes) - len(parameter_sizes)
     if first < 0 or count == 0:
         return None
-    for axis, size in enumerate(sizes, first):
+    for axis, size in enumerate(parameter_sizes, first):
         if size != 1:
-            if size != count or x.shape[axis] != count:
+            if size != count or sizes[axis] != count:
                 return None
-            inner = x.stride(axis)
-            return Layout(x.numel(), inner * count, inner, count)
+            return Layout(math.prod(sizes), strides[axis] * count, strides[axis], count)
     return None
 
 
