@@ -86,9 +86,7 @@ def one_axis(x: Tensor, parameter: Tensor) -> Layout | None:
 
 
 @lru_cache(maxsize=1024)
-def _one_axis(
-    sizes: tuple[int, ...], strides: tuple[int, ...], parameter_sizes: tuple[int, ...]
-) -> Layout | None:
+def _one_axis(sizes: tuple[int, ...], strides: tuple[int, ...], parameter_sizes: tuple[int, ...]) -> Layout | None:
     count = math.prod(parameter_sizes)
     first = len(sizes) - len(parameter_sizes)
     if first < 0 or count == 0:
