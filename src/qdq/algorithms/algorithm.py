@@ -1,0 +1,42 @@
+"""`Algorithm`: the one form of everything that makes a quantized model better after its ranges are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import fx
+
+from .walk import LayerVisit, TensorVisit
+
+# Per batch, the values of the graph's placeholders in their order.
+Samples = Sequence[Sequence[Any]]
+
+
+class Algorithm:
+    """A published method of post-training quantization; the options are its fields (a frozen dataclass).
+
+    The algorithms of a recipe are applied in its order. First `prepare` of each, on the whole graph, with weights and
+    activations in float; then one `Walk` with all of them as visitors. A subclass overrides what it needs.
+
+    Attributes:
+        name: in recipes.
+        citation: the paper.
+    """
+
+    name: ClassVar[str]
+    citation: ClassVar[str]
+
+    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> bool:
+        """Changes the graph's float weights (and what is to be changed with them), leaving its function as it is.
+
+        Returns:
+            Whether values of tensors that are quantized changed: their ranges are then found anew.
+        """
+        return False
+
+    def visit_tensor(self, visit: TensorVisit) -> None:
+        """Where the walk reaches an activation quantizer."""
+
+    def visit_layer(self, visit: LayerVisit) -> None:
+        """Where the walk reaches a layer: its weight and bias may be replaced."""
