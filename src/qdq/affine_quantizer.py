@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calib.collectors import HistogramCollector, RangeCollector
+from .calib.collectors import HistogramCollector
 from .calib.ranges import affine_range
-from .errors import CalibrationError, DataError
+from .errors import CalibrationError
 from .functional import fake_quantize_affine
 from .kernels.reference import affine_parameters
 from .onnx_nodes import quantize_dequantize
@@ -26,8 +26,9 @@ class AffineQuantizer(nn.Module):
         name: path in the model, for messages and for the exported file.
         lo, hi: least and largest code.
         symmetric: zero point 0 and a range [-amax, amax].
-        method: "max", "percentile", "mse" or "entropy".
+        method: "max", "percentile", "mse" or "entropy"; "auto" where it is chosen among them.
         percentile: share of values inside the range, in percent, for "percentile".
+        usual_method: for "auto", the one to take where none is clearly better.
         origin: path of the `TensorQuantizer` that it stands for, in a graph captured from quantized modules.
     """
 
@@ -43,15 +44,15 @@ class AffineQuantizer(nn.Module):
         method: str = "max",
         percentile: float = 99.99,
         origin: str = "",
+        usual_method: str = "mse",
     ) -> None:
         super().__init__()
         self.origin = origin
         self.name, self.lo, self.hi, self.symmetric = name, lo, hi, symmetric
-        self.method, self.percentile = method, percentile
+        self.method, self.percentile, self.usual_method = method, percentile, usual_method
         self.enabled = True
         self.calibrated = False
         self.fixed = False
-        self.collector: HistogramCollector | RangeCollector | None = None
         self.register_buffer("step_size", torch.tensor(math.nan))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
 
@@ -67,7 +68,7 @@ class AffineQuantizer(nn.Module):
         return None if (self.lo, self.hi) == (info.min, info.max) else (self.lo, self.hi)
 
     def forward(self, x: Tensor, on_grid: bool = False) -> Tensor:
-        """Quantizes and dequantizes x, float32 of any shape, or collects it during calibration.
+        """Quantizes and dequantizes x, float32 of any shape,.
 
         Args:
             x: the tensor.
@@ -78,10 +79,6 @@ class AffineQuantizer(nn.Module):
         Raises:
             CalibrationError: no range has been set.
         """
-        if self.collector is not None:
-            if not on_grid:
-                self.collector.collect(x.detach())
-            return x
         if not self.enabled:
             return x
         if not self.calibrated:
@@ -98,30 +95,18 @@ class AffineQuantizer(nn.Module):
             return x
         return fake_quantize_affine(x, self.step_size, self.zero_point, self.lo, self.hi)
 
-    def start_collecting(self) -> None:
-        """From now on `forward` passes tensors on unchanged and collects what the method needs of them."""
-        if not self.fixed:
-            self.collector = RangeCollector() if self.method == "max" else HistogramCollector()
+    def find_range(self, histogram: HistogramCollector) -> None:
+        """Sets the range from a histogram, by the quantizer's method. Without data it stays as it is."""
+        if histogram.total:
+            self.set_range(*self.proposed_range(histogram, self.usual_method if self.method == "auto" else self.method))
 
-    def check_finite(self) -> None:
-        """Raises:
-        DataError: the tensor held NaN or an infinite value in the data seen so far.
-        """
-        if self.collector is not None and self.collector.nonfinite:
-            raise DataError(
-                f"{self.collector.nonfinite} NaN or infinite values in the tensor of quantizer {self.name!r}, "
-                "the first in "
-                "the order of the model: look at the data and at the operation before it"
-            )
-
-    def finish_collecting(self) -> None:
-        """Sets the range from what was collected. A quantizer that saw nothing stays uncalibrated."""
-        collector, self.collector = self.collector, None
-        if collector is None or collector.total == 0:
-            return
+    def proposed_range(
+        self, histogram: HistogramCollector, method: str, percentile: float | None = None
+    ) -> tuple[float, float]:
+        """The range that a method finds in a histogram; `percentile` None is the quantizer's own."""
         bits = round(math.log2(self.hi - self.lo + 1))
-        amin, amax = affine_range(collector, self.method, bits, percentile=self.percentile, symmetric=self.symmetric)
-        self.set_range(amin, amax)
+        share = self.percentile if percentile is None else percentile
+        return affine_range(histogram, method, bits, percentile=share, symmetric=self.symmetric)
 
     def set_range(self, amin: float, amax: float) -> None:
         """Sets step size and zero point for values from amin to amax; the range is extended to hold zero.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import logging
 import os
@@ -18,7 +20,8 @@ from torch.utils import _pytree as pytree
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
 from .batches import Batches, Inputs, signature_of
-from .calibration import calibrate
+from .calib.statistics import Statistics
+from .calibration import collect, find_ranges
 from .errors import CaptureError, DataError, QdqError, RecipeError
 from .export.integer_layers import quantize_outputs, store_constants
 from .export.lowering import lower
@@ -33,6 +36,8 @@ from .graph.insert import insert
 from .graph.place import place
 from .graph.record import KEY, Record, record_of
 from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
+from .improvement import improve
+from .latency_tuning import check_tunable, one_sample, tune_latency
 from .progress import track
 from .quiet import pytorch_internals
 from .recipe import Recipe
@@ -60,7 +65,8 @@ def quantize(
             arguments), or a
             callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
             dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
-            ways, the one that the model runs on is meant. One pass is made.
+            ways, the one that the model runs on is meant. One pass is made. Or the `Statistics` of an earlier
+            calibration of the same model (`qdq.calib.load`), for another recipe without the data.
         target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
         recipe: None is `Recipe()`.
         example_inputs: what the model is captured with, like one batch; None takes the first batch.
@@ -83,33 +89,35 @@ def quantize(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
     recipe.check_deployable()
+    check_tunable(recipe, target)
     _check_model(model)
     if KEY in getattr(model, "meta", {}):
         raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")
     signature = signature_of(model.forward)
     runs = runs_on(model)
-    data = batches if is_data_function(batches) else Batches(batches, signature, inputs_of, runs)
+    data: Any = batches
+    if not isinstance(batches, Statistics) and not is_data_function(batches):
+        data = Batches(batches, signature, inputs_of, runs)
     if example_inputs is not None:
         example = Batches([example_inputs], signature, inputs_of, runs).first()
+    elif isinstance(data, Statistics):
+        example = data.first()
     else:
         example = data.first() if isinstance(data, Batches) else first_call(model, data, signature)
 
     graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
     contract = InputContract(graph_module.graph, signature, example)
-    names = tuple(_output_names(graph_module))
-    plan = place(graph_module.graph, target, recipe)
-    graph_module, explanation = insert(graph_module, plan, target, recipe)
-    graph_module.meta[KEY] = Record(
-        contract=contract,
-        output_names=names,
-        target=target,
-        recipe=recipe,
-        reduced_range=reduces_range(target, recipe.reduce_range),
-        explanation=explanation,
-        outputs=tuple(_output_quantizers(graph_module)),
-    )
-    _tell_if_all_float(explanation)
-    calibrate(graph_module, data, progress, model)
+    captured = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    graph_module = _with_quantizers(graph_module, contract, target, recipe)
+    seen = data if isinstance(data, Statistics) else collect(graph_module, data, progress, model)
+    if recipe.tune:
+        seen = find_ranges(graph_module, seen, progress)
+        timed = example if example_inputs is not None else one_sample(contract, example)
+        recipe = tune_latency(captured.graph, graph_module, recipe, contract.flatten(timed), progress).recipe
+        graph_module = _with_quantizers(captured, contract, target, recipe)
+    _tell_if_all_float(explain(graph_module))
+    statistics, seen = improve(graph_module, seen, recipe, progress)
+    graph_module.meta[KEY] = dataclasses.replace(record_of(graph_module), statistics=statistics, seen=seen)
     return graph_module
 
 
@@ -265,6 +273,25 @@ def benchmark(
     """
     arrays = None if inputs is None else _arrays(inputs)
     return measure(path, against, arrays, batch_size, threads, rounds, progress)
+
+
+def _with_quantizers(
+    graph_module: fx.GraphModule, contract: InputContract, target: Target, recipe: Recipe
+) -> fx.GraphModule:
+    """The captured graph with quantizers placed in it, without ranges, and the record of its making."""
+    names = tuple(_output_names(graph_module))
+    plan = place(graph_module.graph, target, recipe)
+    graph_module, explanation = insert(graph_module, plan, target, recipe)
+    graph_module.meta[KEY] = Record(
+        contract=contract,
+        output_names=names,
+        target=target,
+        recipe=recipe,
+        reduced_range=reduces_range(target, recipe.reduce_range),
+        explanation=explanation,
+        outputs=tuple(_output_quantizers(graph_module)),
+    )
+    return graph_module
 
 
 def _check_model(model: Any) -> None:

@@ -1,9 +1,10 @@
-"""Calibration of a captured, quantized graph: one pass over the data finds the range of every activation."""
+"""Calibration of a captured, quantized graph: one pass over the data, from which all ranges of activations follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,12 +12,19 @@ from torch import Tensor, fx, nn
 
 from .affine_quantizer import AffineQuantizer
 from .batches import Batches
+from .calib.collectors import HistogramCollector
+from .calib.statistics import Inputs, SampleKeeper, Statistics
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
 from .errors import CalibrationError, DataError, QdqError
 from .graph.contract import describe_call
+from .graph.insert import ORIGINAL_NAME
 from .graph.record import record_of
+from .integer_operations import IntegerOperation
+from .passing import passing
 from .progress import track
 from .stand_in import StandIn
+
+logger = logging.getLogger(__name__)
 
 
 def activation_quantizers(graph_module: fx.GraphModule) -> list[AffineQuantizer]:
@@ -31,11 +39,23 @@ def calibrate(
     run: Callable[[Callable[..., Any]], None] | Batches,
     progress: bool = True,
     model: nn.Module | None = None,
-) -> None:
-    """Runs the float graph over the data, collects, and sets the range of every activation quantizer.
+) -> Statistics:
+    """Collects over the data and sets the ranges: arguments and errors of :func:`collect` and :func:`find_ranges`."""
+    statistics = collect(graph_module, run, progress, model)
+    find_ranges(graph_module, statistics, progress)
+    return statistics
+
+
+def collect(
+    graph_module: fx.GraphModule,
+    run: Callable[[Callable[..., Any]], None] | Batches,
+    progress: bool = True,
+    model: nn.Module | None = None,
+) -> Statistics:
+    """Runs the float graph over the data once, and keeps the histogram of every quantized tensor and some inputs.
 
     Args:
-        graph_module: with quantizers inserted; they are set in place.
+        graph_module: with quantizers inserted; it is not changed.
         run: the batches, or a callable that takes a model and runs it.
         progress: whether a bar is shown.
         model: the user's, whose parameters and attributes a callable sees; None shows those of the graph.
@@ -43,34 +63,91 @@ def calibrate(
     Raises:
         DataError: no data, data that the graph does not take or fails on (the batch is named), NaN or infinite values
             in the data or (named, the first in the model's order) in a tensor.
+    """
+    interpreter = _Histograms(graph_module)
+    feed = _Collecting(graph_module if model is None else model, graph_module, interpreter)
+    with torch.no_grad(), constants_in_float(graph_module):
+        if isinstance(run, Batches):
+            for args, kwargs in track(run, "calibrating", run.total, progress):
+                feed(*args, **kwargs)
+        else:
+            run(feed)
+    if not feed.calls:
+        raise DataError("the data function ran the model not once: it must call the model that it is given")
+    return Statistics(interpreter.histograms, feed.keeper.samples())
+
+
+def collect_again(graph_module: fx.GraphModule, statistics: Statistics, progress: bool = True) -> Statistics:
+    """The statistics of a graph that has changed since, from the inputs that were kept."""
+    interpreter = _Histograms(graph_module)
+    contract = record_of(graph_module).contract
+    with torch.no_grad(), constants_in_float(graph_module):
+        for inputs in track(statistics.samples, "calibrating again", len(statistics.samples), progress):
+            interpreter.run(*contract.flatten(inputs))
+    return Statistics(interpreter.histograms, statistics.samples)
+
+
+def find_ranges(graph_module: fx.GraphModule, statistics: Statistics, progress: bool = True) -> Statistics:
+    """Sets the range of every activation quantizer from the statistics, in place.
+
+    Returns:
+        The statistics, with histograms of tensors that they did not know (another recipe quantizes others): those are
+        collected from the inputs kept.
+
+    Raises:
         CalibrationError: a quantizer saw no data; all such are named.
     """
     quantizers = activation_quantizers(graph_module)
-    for quantizer in quantizers:
-        quantizer.start_collecting()
-    feed = _Collecting(graph_module if model is None else model, graph_module, quantizers)
-    try:
-        with torch.no_grad(), constants_in_float(graph_module):
-            if isinstance(run, Batches):
-                for args, kwargs in track(run, "calibrating", run.total, progress):
-                    feed(*args, **kwargs)
-            else:
-                run(feed)
-        if not feed.calls:
-            raise DataError("the data function ran the model not once: it must call the model that it is given")
-        for quantizer in track(quantizers, "finding ranges", len(quantizers), progress):
-            quantizer.finish_collecting()
-    finally:
-        for quantizer in quantizers:
-            quantizer.collector = None
+    unknown = [t for tensors in quantized_tensors(graph_module).values() for t in tensors]
+    unknown = [tensor for tensor in unknown if tensor not in statistics.histograms]
+    if unknown and statistics.samples:
+        logger.info("%d tensors are not in the statistics, and are collected from the inputs kept", len(unknown))
+        again = collect_again(graph_module, statistics, progress)
+        added = {tensor: again.histograms[tensor] for tensor in unknown}
+        statistics = Statistics({**statistics.histograms, **added}, statistics.samples)
+    for quantizer in track(quantizers, "finding ranges", len(quantizers), progress):
+        histogram = histogram_of(graph_module, quantizer, statistics)
+        if not quantizer.fixed:
+            quantizer.find_range(histogram)
     missing = [q.name for q in quantizers if not q.calibrated]
     if missing:
         raise CalibrationError(
             f"{len(missing)} quantizers saw no data: {', '.join(missing)}; calibrate with data that reach these "
-            "parts of "
-            "the model"
+            "parts of the model"
         )
     fit_biases(graph_module)
+    return statistics
+
+
+def quantized_tensors(graph_module: fx.GraphModule) -> dict[str, list[str]]:
+    """Path of each activation quantizer -> the names of the graph's tensors that it quantizes.
+
+    Such names depend on the model alone, while those of quantizers depend on what a recipe leaves in float.
+    """
+    found: dict[str, list[str]] = {}
+    modules = dict(graph_module.named_modules())
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], AffineQuantizer):
+            tensors = found.setdefault(str(node.target), [])
+            if not node.kwargs.get("on_grid"):
+                tensors.append(_name_of(node.all_input_nodes[0]))
+    return found
+
+
+def _name_of(node: fx.Node) -> str:
+    """The name of a tensor in the captured graph, before operations were replaced by modules that simulate them."""
+    return str(node.meta.get(ORIGINAL_NAME, node.name))
+
+
+def histogram_of(
+    graph_module: fx.GraphModule, quantizer: AffineQuantizer, statistics: Statistics
+) -> HistogramCollector:
+    """The histogram of all that a quantizer quantizes; empty where the statistics do not know its tensors."""
+    total = HistogramCollector()
+    for tensor in quantized_tensors(graph_module)[quantizer.name]:
+        if tensor in statistics.histograms:
+            total.merge(statistics.histograms[tensor])
+    return total
 
 
 def fit_biases(graph_module: fx.GraphModule) -> None:
@@ -86,47 +163,82 @@ def fit_biases(graph_module: fx.GraphModule) -> None:
         weights.fit_bias(_tensor_at(graph_module, bias), _tensor_at(graph_module, input_step))
 
 
-@contextmanager
-def constants_in_float(graph_module: nn.Module) -> Iterator[None]:
+def constants_in_float(graph_module: nn.Module) -> AbstractContextManager[None]:
     """Within the block, weights and biases pass their quantizers unchanged."""
-    changed = [m for m in graph_module.modules() if isinstance(m, (WeightQuantizer, BiasQuantizer)) and m.enabled]
-    for module in changed:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.enabled = True
+    return passing(graph_module, (WeightQuantizer, BiasQuantizer))
+
+
+class _Histograms(fx.Interpreter):
+    """Runs the graph in float, and collects every tensor that is quantized in it.
+
+    Attributes:
+        histograms: by the name of the tensor.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        tensors = [t for names in quantized_tensors(graph_module).values() for t in names]
+        self.histograms = {tensor: HistogramCollector() for tensor in tensors}
+        self._called: dict[str, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The float result of a node."""
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, AffineQuantizer):
+            (x,), _ = self.fetch_args_kwargs_from_env(n)
+            if not n.kwargs.get("on_grid"):
+                tensor = _name_of(n.all_input_nodes[0])
+                self.histograms[tensor].collect(x)
+                self._called.setdefault(tensor, module.name)
+            return x
+        if isinstance(module, IntegerOperation):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return module.operation(*args, **kwargs)
+        return super().run_node(n)
+
+    def check_finite(self) -> None:
+        """Raises:
+        DataError: a tensor held NaN or an infinite value; the first in the order of the model is named.
+        """
+        for tensor, histogram in self.histograms.items():
+            if histogram.nonfinite:
+                raise DataError(
+                    f"{histogram.nonfinite} NaN or infinite values in the tensor of quantizer "
+                    f"{self._called[tensor]!r}, the first in the order of the model: look at the data and at the "
+                    "operation before it"
+                )
 
 
 class _Collecting(StandIn):
     """What the data run through: checks at its door, the float graph, and a look for NaN behind it."""
 
-    def __init__(self, model: nn.Module, graph_module: fx.GraphModule, quantizers: list[AffineQuantizer]) -> None:
+    def __init__(self, model: nn.Module, graph_module: fx.GraphModule, interpreter: _Histograms) -> None:
         contract = record_of(graph_module).contract
         super().__init__(model, contract.signature)
         # In a tuple, so that parameters() gives those of the user's model alone.
-        self.run = (graph_module, contract, quantizers)
+        self.run = (interpreter, contract)
+        self.keeper = SampleKeeper(divisible=contract.divisible)
         self.calls = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        graph_module, contract, quantizers = self.run
+        interpreter, contract = self.run
         try:
-            args, kwargs = contract.check(*self.bind(args, kwargs))
+            inputs: Inputs = contract.check(*self.bind(args, kwargs))
         except DataError as error:
             raise DataError(f"batch {self.calls}: {error}") from None
         try:
-            out = graph_module(*args, **kwargs)
+            out = interpreter.run(*contract.flatten(inputs))
         except QdqError:
             raise
         except Exception as error:
-            given = describe_call((args, kwargs))
+            given = describe_call(inputs)
             raise DataError(
                 f"the model fails on batch {self.calls}, {given}: {type(error).__name__}: {error}"
             ) from error
         self.calls += 1
-        for quantizer in quantizers:
-            quantizer.check_finite()
+        interpreter.check_finite()
+        self.keeper.add(inputs)
         return out
 
 

@@ -99,6 +99,32 @@ class HistogramCollector(RangeCollector):
         self._first = 0
         self._counts = torch.zeros(0, dtype=torch.int64)
 
+    @classmethod
+    def restored(
+        cls,
+        *,
+        num_bins: int,
+        counts: Tensor,
+        first: int,
+        exponent: int,
+        zeros: int,
+        total: int,
+        nonfinite: int,
+        low: float,
+        high: float,
+    ) -> HistogramCollector:
+        """A collector from what another one held: its attributes, `low` and `high` being `min` and `max`."""
+        collector = cls(num_bins)
+        collector._counts, collector._first, collector._exponent = counts.clone(), first, exponent
+        collector.zeros, collector.total, collector.nonfinite = zeros, total, nonfinite
+        collector.min, collector.max = low, high
+        return collector
+
+    @property
+    def exponent(self) -> int:
+        """The bin width is 2 to this power."""
+        return self._exponent
+
     @property
     def width(self) -> float:
         """Width of a bin, a power of two."""

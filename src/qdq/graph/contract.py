@@ -45,6 +45,12 @@ class InputContract:
                 dims = tuple(d if isinstance(d, int) else None for d in value.shape)
                 self._expected[index] = _Expected(value.dtype, dims, node.meta.get(RANGES, {}))
 
+    @property
+    def divisible(self) -> bool:
+        """Whether a batch may be split along dimension 0: it is dynamic in every tensor input."""
+        expected = [e for e in self._expected if isinstance(e, _Expected)]
+        return bool(expected) and all(e.shape and e.shape[0] is None for e in expected)
+
     def fits(self, inputs: Inputs) -> bool:
         """Whether inputs are arguments like those at capture; their shapes, dtypes and values are not looked at."""
         try:

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import nn
 
+from ..calib.statistics import Statistics
 from ..errors import QdqError
 from ..recipe import Recipe
 from .contract import InputContract
@@ -27,6 +28,8 @@ class Record:
         explanation: of every tensor.
         outputs: for every output of the model, the path of its quantizer, None where it is float.
         output_names: of the exported file.
+        statistics: what calibration saw in the float model.
+        seen: what the ranges were found from: differs where an algorithm changed tensors.
     """
 
     contract: InputContract
@@ -36,6 +39,8 @@ class Record:
     reduced_range: bool = False
     explanation: Explanation | None = None
     outputs: tuple[str | None, ...] = ()
+    statistics: Statistics | None = None
+    seen: Statistics | None = None
 
 
 def record_of(graph_module: nn.Module) -> Record:

@@ -1,0 +1,134 @@
+"""`Statistics`: all that one calibration pass keeps, from which ranges can be found again without the data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import DataError
+from .collectors import HistogramCollector
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+# What is kept of the inputs, unless asked otherwise.
+MOST_SAMPLES = 128
+MOST_BYTES = 128 * 2**20
+# Samples of one batch, where a batch may be split.
+BATCH_SIZE = 32
+
+
+class Statistics:
+    """What was seen of a model's activations, and a part of the inputs it was seen on.
+
+    Attributes:
+        histograms: name of a tensor in the captured graph -> its histogram in the float model, over all data.
+        samples: inputs of the model, `(args, kwargs)` per batch, evenly spread over the data.
+    """
+
+    def __init__(self, histograms: dict[str, HistogramCollector], samples: Sequence[Inputs]) -> None:
+        self.histograms = histograms
+        self.samples = list(samples)
+
+    def first(self) -> Inputs:
+        """The first batch of the inputs kept.
+
+        Raises:
+            DataError: none are kept.
+        """
+        if not self.samples:
+            raise DataError("these statistics hold no inputs: pass example_inputs, to capture the model with")
+        return self.samples[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Statistics:
+        # Never changed once made, and large: copies of a model share it.
+        return self
+
+    def __repr__(self) -> str:
+        return f"Statistics({len(self.histograms)} histograms, {count_samples(self.samples)} samples)"
+
+
+class SampleKeeper:
+    """Keeps an evenly spread part of a stream of batches, whatever its length.
+
+    Every batch is kept until there are too many; then every second one of those kept goes, and of those to come only
+    every second is kept, and so on. A batch that is too large by itself is cut.
+
+    Args:
+        most_samples: samples (dimension 0 of the first tensor) that are kept at most.
+        most_bytes: bytes of tensors that are kept at most; one batch is kept in any case.
+        divisible: whether a batch may be split along dimension 0 of all its tensors.
+    """
+
+    def __init__(
+        self, most_samples: int = MOST_SAMPLES, most_bytes: int = MOST_BYTES, *, divisible: bool = False
+    ) -> None:
+        self.most_samples, self.most_bytes, self.divisible = most_samples, most_bytes, divisible
+        self._kept: list[Inputs] = []
+        self._every = 1
+        self._seen = 0
+
+    def add(self, inputs: Inputs) -> None:
+        """Takes note of a batch; its tensors are copied if they are kept."""
+        index, self._seen = self._seen, self._seen + 1
+        if index % self._every:
+            return
+        if self.divisible:
+            size, count = _bytes_of(inputs), count_samples([inputs])
+            most = min(self.most_samples, max(1, self.most_bytes * count // max(size, 1)))
+            inputs = _part(inputs, 0, most) if count > most else inputs
+        self._kept.append(pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
+        while len(self._kept) > 1 and self._too_many():
+            self._kept = self._kept[::2]
+            self._every *= 2
+
+    def samples(self) -> list[Inputs]:
+        """What is kept; where batches may be split, in batches of 32 samples however they came."""
+        if not self.divisible:
+            return list(self._kept)
+        return [part for inputs in _joined(self._kept) for part in _parts(inputs, BATCH_SIZE)]
+
+    def _too_many(self) -> bool:
+        return (
+            count_samples(self._kept) > self.most_samples
+            or sum(_bytes_of(inputs) for inputs in self._kept) > self.most_bytes
+        )
+
+
+def count_samples(samples: Sequence[Inputs]) -> int:
+    """Samples in all batches: the sizes of dimension 0 of the first tensors; a batch without one counts 1."""
+    return sum(_size_of(inputs) for inputs in samples)
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _size_of(inputs: Inputs) -> int:
+    return next((int(x.shape[0]) for x in _tensors(inputs) if x.dim()), 1)
+
+
+def _bytes_of(inputs: Inputs) -> int:
+    return sum(x.numel() * x.element_size() for x in _tensors(inputs))
+
+
+def _part(inputs: Inputs, start: int, stop: int) -> Inputs:
+    return pytree.tree_map_only(Tensor, lambda x: x[start:stop], inputs)
+
+
+def _joined(batches: Sequence[Inputs]) -> Iterator[Inputs]:
+    """Neighbouring batches of one shape (but for dimension 0) as one."""
+    for _, group in itertools.groupby(batches, key=lambda inputs: [x.shape[1:] for x in _tensors(inputs)]):
+        together = list(group)
+        leaves = [pytree.tree_leaves(inputs) for inputs in together]
+        joined = [torch.cat(v) if isinstance(v[0], Tensor) else v[0] for v in zip(*leaves, strict=True)]
+        yield pytree.tree_unflatten(joined, pytree.tree_structure(together[0]))
+
+
+def _parts(inputs: Inputs, size: int) -> Iterator[Inputs]:
+    for start in range(0, _size_of(inputs), size):
+        yield _part(inputs, start, start + size)

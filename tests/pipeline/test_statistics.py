@@ -1,0 +1,283 @@
+"""Statistics: one pass keeps enough to find ranges again, in memory and in a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import qdq
+from fixtures import fashion
+from fixtures.classifiers import s1
+from pipeline.helpers import quantize
+from qdq.calib import HistogramCollector, Statistics, load, save
+from qdq.calib.statistics import SampleKeeper, count_samples
+from qdq.errors import DataError
+from qdq.graph.record import record_of
+from qdq.recipe import Recipe
+
+
+class Masked(nn.Module):
+    """Takes a tuple, a keyword and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, pair: tuple[Tensor, Tensor], *, mask: Tensor, power: float = 2.0) -> Tensor:
+        return self.second(torch.relu(self.first(pair[0] + pair[1]) * mask) ** power)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(found: nn.Module, expected: nn.Module) -> None:
+    first, second = state(found), state(expected)
+    assert list(first) == list(second)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def statistics_of(model: nn.Module) -> Statistics:
+    found = record_of(model).statistics
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    return list(fashion.load("train", limit=64)[0].split(16))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(Recipe(), id="as before"),
+        pytest.param(Recipe(calibration="entropy"), id="another method"),
+        pytest.param(Recipe(weights=qdq.QuantDescriptor(num_bits=4, axis=0, narrow_range=True)), id="other bits"),
+        pytest.param(Recipe(exclude=("blocks.1",)), id="other tensors"),
+        pytest.param(Recipe(calibration="max", algorithms={}), id="no algorithms"),
+    ],
+)
+def test_other_recipes_from_a_file_give_what_the_data_give(recipe: Recipe, batches, tmp_path: Path) -> None:
+    path = save(quantize(s1(), batches), tmp_path / "s1.safetensors")
+    assert_same(quantize(s1(), load(path), recipe=recipe), quantize(s1(), batches, recipe=recipe))
+
+
+def test_tensors_that_were_not_quantized_before_are_collected_from_the_inputs(batches) -> None:
+    partial = quantize(s1(), batches, recipe=Recipe(exclude=("blocks", "fc")))
+    known = len(statistics_of(partial).histograms)
+    assert_same(quantize(s1(), statistics_of(partial)), quantize(s1(), batches))
+    assert len(statistics_of(quantize(s1(), statistics_of(partial))).histograms) > known
+
+
+def test_all_kinds_of_inputs_come_back(tmp_path: Path) -> None:
+    data = [
+        {"pair": (numbers(4, 6, seed=i), numbers(4, 6, seed=i + 9)), "mask": torch.ones(4, 8), "power": 2.0}
+        for i in range(3)
+    ]
+    qmodel = quantize(Masked().eval(), data)
+    found = load(save(qmodel, tmp_path / "m.safetensors"))
+    expected = statistics_of(qmodel)
+    assert repr(found) == repr(expected) == f"Statistics({len(expected.histograms)} histograms, 12 samples)"
+    for name, histogram in expected.histograms.items():
+        other = found.histograms[name]
+        assert torch.equal(other.counts, histogram.counts) and torch.equal(other.edges, histogram.edges)
+        fields = ("min", "max", "total", "zeros", "nonfinite", "num_bins", "first", "exponent")
+        assert [getattr(other, f) for f in fields] == [getattr(histogram, f) for f in fields]
+    for one, other in zip(found.samples, expected.samples, strict=True):
+        flat = [pytree.tree_flatten(inputs) for inputs in (one, other)]
+        assert flat[0][1] == flat[1][1]
+        for a, b in zip(flat[0][0], flat[1][0], strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else (type(a), a) == (type(b), b)
+
+
+def test_a_restored_histogram_goes_on_collecting() -> None:
+    whole, part = HistogramCollector(64), HistogramCollector(64)
+    x, y = numbers(100), numbers(100, seed=1) * 5
+    part.collect(x)
+    statistics = Statistics({"a": part}, [])
+    assert statistics.histograms["a"] is part
+    fields = {key: getattr(part, key) for key in ("num_bins", "counts", "first", "exponent", "zeros", "total")}
+    restored = HistogramCollector.restored(**fields, nonfinite=0, low=part.min, high=part.max)
+    for collector, data in ((restored, [y]), (whole, [x, y])):
+        for value in data:
+            collector.collect(value)
+    assert torch.equal(restored.counts, whole.counts) and torch.equal(restored.edges, whole.edges)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 50), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_what_is_kept_is_bounded_and_spread(sizes: list[int], most: int, divisible: bool) -> None:
+    keeper = SampleKeeper(most, divisible=divisible)
+    place = 0
+    for size in sizes:
+        keeper.add(((torch.arange(place, place + size).float()[:, None],), {}))
+        place += size
+    samples = keeper.samples()
+    count = count_samples(samples)
+    assert count <= max(most, 0 if divisible else sizes[0]) and count >= 1
+    values = torch.cat([args[0] for args, _ in samples]).flatten()
+    assert torch.equal(values, values.unique()), "in their order, each once"
+    if sum(sizes) <= most:
+        assert count == sum(sizes)
+    if divisible:
+        assert all(args[0].shape[0] <= 32 for args, _ in samples)
+
+
+def test_bytes_are_bounded_too_and_what_is_kept_is_a_copy() -> None:
+    keeper = SampleKeeper(1000, most_bytes=40, divisible=True)
+    x = torch.zeros(20, 1)
+    keeper.add(((x,), {}))
+    x.fill_(7)
+    (args, _), *rest = keeper.samples()
+    assert not rest and args[0].shape == (10, 1) and bool((args[0] == 0).all())
+
+
+def test_batches_of_other_shapes_stay_apart() -> None:
+    keeper = SampleKeeper(divisible=True)
+    for length in (3, 3, 5, 3):
+        keeper.add(((torch.zeros(4, length),), {}))
+    assert [tuple(args[0].shape) for args, _ in keeper.samples()] == [(8, 3), (4, 5), (4, 3)]
+
+
+def test_statistics_without_inputs_need_an_example(batches) -> None:
+    bare = Statistics(statistics_of(quantize(s1(), batches)).histograms, [])
+    with pytest.raises(DataError, match="these statistics hold no inputs: pass example_inputs"):
+        quantize(s1(), bare)
+    # Without inputs there are ranges, by the usual rule of each tensor, and no algorithms.
+    found = quantize(s1(), bare, example_inputs=batches[0])
+    assert_same(found, quantize(s1(), batches, recipe=Recipe(calibration="mse", algorithms={})))
+
+
+def test_saving_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected Statistics or a model that qdq.quantize returned, not Linear"):
+        save(nn.Linear(1, 1), tmp_path / "m")
+    with pytest.raises(DataError, match="expected Statistics .* not str"):
+        save("statistics", tmp_path / "m")
+    with pytest.raises(DataError, match="the folder of .* does not exist"):
+        save(Statistics({}, []), tmp_path / "none" / "m")
+    with pytest.raises(DataError, match="batch 0 holds a complex, which cannot be saved"):
+        save(Statistics({}, [((1j,), {})]), tmp_path / "m")
+    with pytest.raises(DataError, match="batch 1 holds a dict with keys that are no strings"):
+        save(Statistics({}, [((), {}), (({1: 2},), {})]), tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    with pytest.raises(DataError, match="cannot be written"):
+        save(Statistics({}, []), target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    path = save(Statistics({}, []), tmp_path / "m")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(os.stat(path).st_mode) == stat.S_IMODE(os.stat(plain).st_mode)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    histogram = HistogramCollector(16)
+    histogram.collect(torch.tensor([-1.0, 0.0, 0.5, 3.0]))
+    samples = [((torch.zeros(2, 3), 1, 2.5, None, "a", [True]), {"mask": torch.ones(2)})]
+    folder = tmp_path_factory.mktemp("statistics")
+    return save(Statistics({"a": histogram, "b": HistogramCollector()}, samples), folder / "s.safetensors")
+
+
+def _changed(stored: Path, path: Path, change) -> Path:
+    from safetensors import safe_open
+
+    with safe_open(stored, framework="pt") as file:
+        header = json.loads(file.metadata()["qdq"])
+    tensors = load_file(stored)
+    header = change(header, tensors) or header
+    save_file(tensors, path, metadata={"qdq": header if isinstance(header, str) else json.dumps(header)})
+    return path
+
+
+def _set(*keys: str | int, value: object):
+    def change(header, tensors) -> None:
+        for key in keys[:-1]:
+            header = header[key]
+        header[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_set("format", value="other"), "its header is not that of a statistics file"),
+        (lambda h, t: "[1]", "its header is not that of a statistics file"),
+        (lambda h, t: "{", "has a damaged header"),
+        (lambda h, t: "[" * 100_000, "has a damaged header"),
+        (_set("version", value=2), "version 2 is not known here; this qdq reads version 1"),
+        (_set("histograms", value=[]), "lacks histograms or samples"),
+        (_set("histograms", "a", value=3), "the histogram of 'a' is damaged"),
+        (_set("histograms", "a", "counts", value="sample/0"), "lacks counts"),
+        (_set("histograms", "a", "total", value="4"), "lacks a whole number"),
+        (_set("histograms", "a", "total", value=5), "has counts that are not 5 in all"),
+        (_set("histograms", "a", "zeros", value=9), "has an impossible number"),
+        (_set("histograms", "a", "exponent", value=2000), "has an impossible number"),
+        (_set("histograms", "a", "num_bins", value=1), "impossible number of bins"),
+        (_set("histograms", "a", "first", value=-9), "a range that its bins do not cover"),
+        (_set("histograms", "a", "min", value="nan"), "has no finite range"),
+        (_set("histograms", "a", "min", value=None), "has the number None"),
+        (_set("samples", 0, value={"tuple": []}), "batch 0 does not hold arguments and keyword arguments"),
+        (_set("samples", 0, value=7), "batch 0 is damaged"),
+        (_set("samples", 0, value={"tensor": "none"}), "batch 0 lacks its tensor 'none'"),
+        (_set("samples", 0, value={"value": [1]}), "batch 0 is damaged"),
+        (_set("samples", 0, value={"tuple": 1}), "batch 0 is damaged"),
+        (_set("samples", 0, value={"dict": 1}), "batch 0 is damaged"),
+        (_set("samples", 0, value={"float": "x"}), "has the number 'x'"),
+    ],
+)
+def test_reading_says_what_is_damaged(change, told: str, stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=told):
+        load(_changed(stored, tmp_path / "changed.safetensors", change))
+
+
+def test_reading_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file"):
+        load(tmp_path / "none")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(DataError, match="cannot be read as safetensors"):
+        load(tmp_path / "text")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(DataError, match="its metadata have no entry 'qdq'"):
+        load(tmp_path / "other")
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=300)
+def test_a_file_damaged_anywhere_is_refused_or_read(stored: Path, data: st.DataObject) -> None:
+    content = bytearray(stored.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    path = stored.with_name("fuzzed")
+    path.write_bytes(bytes(content))
+    try:
+        found = load(path)
+    except DataError:
+        return
+    for histogram in found.histograms.values():
+        assert math.isfinite(float(histogram.edges.sum()))
