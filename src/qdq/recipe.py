@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import translate
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ class Override:
 
     Attributes:
         quantize: False keeps the operations of these modules in float.
-        weights, activations: descriptors in place of the recipe's; None keeps the recipe's.
+        weights, activations: descriptors (or "float" for activations) in place of the recipe's; None keeps those.
         calibration: method in place of the recipe's; None keeps the recipe's.
     """
 
     quantize: bool = True
     weights: QuantDescriptor | None = None
-    activations: QuantDescriptor | None = None
+    activations: QuantDescriptor | str | None = None
     calibration: str | None = None
 
 
@@ -50,14 +50,20 @@ class Recipe:
             (4, 3) for modules (`qdq.nn.quantize_modules`); `axis=0` gives every output channel its own amax (whatever
             axis of the weight holds the output channels), `axis=None` one amax for the tensor. A deployment always uses
             a signed, narrow range, as runtimes require it of weights.
-        activations: descriptor of activations: one range per tensor, of 8 bits for a deployment, and as for weights for
+            `block_size`, a power of two from 16, gives every so many input channels of a linear's output channel their
+            own step size: such linears take their activations in float. Other layers keep one per output channel.
+        activations: "float" (or the type) leaves them in float, and quantizes weights alone. Else their descriptor:
+            one range per tensor, of 8 bits for a deployment, and as for weights for
             modules. A given `amax` fixes the range to [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not
             calibrated. In a deployment signedness and zero point are otherwise the target's choice, made from the data.
-        calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" takes "max" for
-            what linears and matrix products read from float operations (the rare, large activations of transformers
-            carry meaning, and clipping them costs accuracy) and "mse" for everything else.
+        calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" lets all of
+            them propose a range for each tensor and takes the one with the least error in the outputs of the layers
+            that read it; where none is clearly better it is "max" for what linears and matrix products read from float
+            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else.
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: "max" or "mse" (the amax of least squared error, searched per channel).
+        algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
+            (`qdq.algorithms` lists them). An empty list leaves it at the ranges.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
             "weights", "activations", "calibration". Patterns match module paths and parameter names; "*.head" matches
             a module of that name and everything inside it. A later pattern wins. A pattern that matches nothing
@@ -68,17 +74,24 @@ class Recipe:
         reduce_range: weights for x86 processors whose u8 x s8 products saturate at 16 bits (no VNNI): pairs of codes
             that would are made smaller (onnxruntime), or all weights take 7 bits (openvino). None takes the target's
             setting; "auto" looks at this machine's processor.
+        tune: "latency" times operations in the target's runtime on this machine and leaves in float what costs more in
+            integers than it saves (target "onnxruntime" alone). The quantized model's record holds the recipe that
+            resulted, with patterns in place of `tune`. None measures nothing.
     """
 
     weights: QuantDescriptor = dataclasses.field(default_factory=_default_weights)
-    activations: QuantDescriptor = dataclasses.field(default_factory=_default_activations)
+    activations: QuantDescriptor | str = dataclasses.field(default_factory=_default_activations)
     calibration: str = "auto"
     percentile: float = 99.99
     weight_calibration: str = "max"
+    algorithms: Mapping[str, Mapping[str, Any]] | Sequence[str] = dataclasses.field(
+        default_factory=lambda: {"smoothquant": {}, "bias_correction": {}}
+    )
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     attention: bool | None = None
     reduce_range: bool | str | None = None
+    tune: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", _patterns(self.exclude))
@@ -88,8 +101,9 @@ class Recipe:
         if "" in overrides:
             raise RecipeError("overrides holds an empty pattern; '*' matches every module")
         object.__setattr__(self, "overrides", overrides)
+        object.__setattr__(self, "algorithms", _algorithms(self.algorithms))
         _check_weights(self.weights, "weights")
-        _check_activations(self.activations, "activations")
+        object.__setattr__(self, "activations", _activations(self.activations, "activations"))
         _check_choice(self.calibration, "calibration", CALIBRATION_METHODS)
         _check_choice(self.weight_calibration, "weight_calibration", ("max", "mse"))
         if isinstance(self.percentile, bool) or not isinstance(self.percentile, (int, float)):
@@ -98,20 +112,33 @@ class Recipe:
             raise RecipeError(f"percentile must lie in (50, 100], not {self.percentile}")
         if self.reduce_range not in (None, True, False, "auto"):
             raise RecipeError(f"reduce_range must be True, False or 'auto', not {self.reduce_range!r}")
+        if self.tune not in (None, "latency"):
+            raise RecipeError(f"tune must be 'latency' or None, not {self.tune!r}")
         if self.attention not in (None, True, False):
             raise RecipeError(f"attention must be True, False or None, not {self.attention!r}")
 
-    def for_name(self, *names: str, node: str = "") -> Override:
+    def for_name(self, *names: str, node: str | tuple[str, ...] = "") -> Override:
         """The override that applies to an operation known by these names (module path, parameter names).
 
-        `node`, its name in the graph, must be given by a pattern in full: no glob pattern is meant for such names.
+        `node`, its name in the graph, or several, must be given by a pattern in full: no glob pattern is meant for such
+        names.
         """
+        nodes = {node} if isinstance(node, str) else set(node)
         merged = Override()
         for pattern, override in self._rules():
-            if (node and pattern == node) or any(matches(pattern, name) for name in names):
+            if pattern in nodes or any(matches(pattern, name) for name in names):
                 given = {f.name: getattr(override, f.name) for f in dataclasses.fields(Override)}
                 merged = dataclasses.replace(merged, **{k: v for k, v in given.items() if v is not None})
         return merged
+
+    def weights_for(self, *names: str, node: str = "") -> QuantDescriptor:
+        """The descriptor of the weight of an operation known by these names."""
+        return self.for_name(*names, node=node).weights or self.weights
+
+    def activations_for(self, *names: str, node: str | tuple[str, ...] = "") -> QuantDescriptor | None:
+        """The descriptor of what an operation known by these names reads, None where that stays in float."""
+        found = self.for_name(*names, node=node).activations or self.activations
+        return found if isinstance(found, QuantDescriptor) else None
 
     def _rules(self) -> list[tuple[str, Override]]:
         rules = list(self.overrides.items())
@@ -127,17 +154,37 @@ class Recipe:
         Raises:
             RecipeError: weights of other than 2 to 8 bits, or activations of other than 8; it names the place.
         """
-        scopes: list[tuple[str, Recipe | Override]] = [("", self)]
-        scopes += [(f"overrides[{pattern!r}].", override) for pattern, override in self.overrides.items()]
-        for where, scope in scopes:
+        for where, scope in self._scopes():
             weights = 8 if scope.weights is None else scope.weights.num_bits
-            activations = 8 if scope.activations is None else scope.activations.num_bits
+            activations = scope.activations.num_bits if isinstance(scope.activations, QuantDescriptor) else 8
             if isinstance(weights, tuple) or not 2 <= weights <= 8:
                 raise RecipeError(f"{where}weights.num_bits must be an integer from 2 to 8, not {weights}")
             if activations != 8:
                 raise RecipeError(
                     f"{where}activations.num_bits must be 8, the code that the targets compute with, not {activations}"
                 )
+
+    def check_modules(self) -> None:
+        """Refuses what quantized modules (`qdq.nn`) do not have.
+
+        Raises:
+            RecipeError: weights with a `block_size`, or activations "float"; it names the place.
+        """
+        for where, scope in self._scopes():
+            if scope.weights is not None and scope.weights.block_size is not None:
+                raise RecipeError(
+                    f"{where}weights.block_size={scope.weights.block_size} is for qdq.quantize: modules have one amax "
+                    "per tensor or per channel"
+                )
+            if scope.activations == "float":
+                raise RecipeError(
+                    f'{where}activations="float" is for qdq.quantize: in modules, disable() the input quantizers'
+                )
+
+    def _scopes(self) -> list[tuple[str, Recipe | Override]]:
+        """Itself and its overrides, each with the beginning of its fields' names in messages."""
+        overrides = [(f"overrides[{pattern!r}].", override) for pattern, override in self.overrides.items()]
+        return [("", self), *overrides]
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data: only what differs from the default, and the format's version."""
@@ -151,6 +198,8 @@ class Recipe:
                 value = _descriptor_dict(value, getattr(default, field.name))
             elif field.name == "overrides":
                 value = {k: _override_dict(v) for k, v in value.items()}
+            elif field.name == "algorithms":
+                value = {name: dict(options) for name, options in value.items()}
             elif isinstance(value, tuple):
                 value = list(value)
             out[field.name] = value
@@ -175,7 +224,7 @@ class Recipe:
             raise RecipeError(f"recipe version {version!r} is not known here; this qdq reads version {VERSION}")
         _check_keys(data, [f.name for f in dataclasses.fields(cls)], "recipe")
         for key in ("weights", "activations"):
-            if key in data:
+            if key in data and not (key == "activations" and _is_float(data[key])):
                 data[key] = _descriptor(data[key], key, getattr(cls(), key))
         return cls(**data)
 
@@ -252,8 +301,21 @@ def _patterns(value: Any) -> tuple[str, ...]:
     return patterns
 
 
+def _algorithms(value: Any) -> dict[str, dict[str, Any]]:
+    """Names and options alone: whether they exist is checked where they are applied."""
+    if isinstance(value, Mapping):
+        found = {str(name): dict(_mapping(v, f"algorithms[{name!r}]")) for name, v in value.items()}
+    elif isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        found = {name: {} for name in value}
+        if len(found) != len(value):
+            raise RecipeError("algorithms names one algorithm twice")
+    else:
+        raise RecipeError(f"algorithms must be a list of names, or a mapping of names to options, not {value!r}")
+    return found
+
+
 def _override(value: Any, where: str) -> Override:
-    if value is float or value == "float":
+    if _is_float(value):
         return Override(quantize=False)
     if isinstance(value, Override):
         override = value
@@ -263,7 +325,7 @@ def _override(value: Any, where: str) -> Override:
             weights=_descriptor(value["weights"], f"{where}.weights", _default_weights())
             if "weights" in value
             else None,
-            activations=_descriptor(value["activations"], f"{where}.activations", _default_activations())
+            activations=_given_activations(value["activations"], f"{where}.activations")
             if "activations" in value
             else None,
             calibration=value.get("calibration"),
@@ -273,7 +335,8 @@ def _override(value: Any, where: str) -> Override:
     if override.weights is not None:
         _check_weights(override.weights, f"{where}.weights")
     if override.activations is not None:
-        _check_activations(override.activations, f"{where}.activations")
+        activations = _activations(override.activations, f"{where}.activations")
+        override = dataclasses.replace(override, activations=activations)
     if override.calibration is not None:
         _check_choice(override.calibration, f"{where}.calibration", CALIBRATION_METHODS)
     return override
@@ -337,11 +400,34 @@ def _check_weights(descriptor: Any, where: str) -> None:
     _check_plain(descriptor, where)
     if descriptor.amax is not None:
         raise RecipeError(f"{where}.amax must be None: the amax of a weight is taken from the weight")
+    block = descriptor.block_size
+    if block is not None and descriptor.axis is None:
+        raise RecipeError(f"{where}.block_size={block} needs axis=0: blocks are parts of output channels")
+    if block is not None and (block < 16 or block & (block - 1)):
+        raise RecipeError(f"{where}.block_size must be a power of two from 16, as runtimes have them, not {block}")
+
+
+def _is_float(value: Any) -> bool:
+    return value is float or value == "float"
+
+
+def _given_activations(value: Any, where: str) -> QuantDescriptor | str:
+    return "float" if _is_float(value) else _descriptor(value, where, _default_activations())
+
+
+def _activations(value: Any, where: str) -> QuantDescriptor | str:
+    """The descriptor, checked, or "float"."""
+    if _is_float(value):
+        return "float"
+    _check_activations(value, where)
+    return value
 
 
 def _check_activations(descriptor: Any, where: str) -> None:
     if not isinstance(descriptor, QuantDescriptor):
-        raise RecipeError(f"{where} must be a QuantDescriptor, not {type(descriptor).__name__}")
+        raise RecipeError(f'{where} must be a QuantDescriptor or "float", not {type(descriptor).__name__}')
+    if descriptor.block_size is not None:
+        raise RecipeError(f"{where}.block_size must be None: blocks are for weights")
     _check_num_bits(descriptor, where)
     if descriptor.axis is not None:
         raise RecipeError(f"{where}.axis must be None: the targets take one range per activation tensor")

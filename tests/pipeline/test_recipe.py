@@ -183,7 +183,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "weights: fake_quant=False, learn_amax and scale_amax have no mean",
     ),
     ({"weights": QuantDescriptor(amax=1.0)}, "weights.amax must be None: the amax of a weight is taken from"),
-    ({"activations": "int8"}, "activations must be a QuantDescriptor, not str"),
+    ({"activations": "int8"}, 'activations must be a QuantDescriptor or "float", not str'),
     ({"activations": QuantDescriptor(num_bits=1)}, "activations.num_bits must be an integer from 2 to 16, .* not 1"),
     ({"activations": QuantDescriptor(num_bits=17)}, "activations.num_bits must be an integer from 2 to 16, .* not 17"),
     ({"activations": QuantDescriptor(axis=0)}, "activations.axis must be None: the targets take one range"),

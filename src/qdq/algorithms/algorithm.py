@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from .walk import LayerVisit, TensorVisit
+from .walk import LayerVisit, TensorVisit, Walk
 
 # Per batch, the values of the graph's placeholders in their order.
 Samples = Sequence[Sequence[Any]]
@@ -17,7 +17,8 @@ class Algorithm:
     """A published method of post-training quantization; the options are its fields (a frozen dataclass).
 
     The algorithms of a recipe are applied in its order. First `prepare` of each, on the whole graph, with weights and
-    activations in float; then one `Walk` with all of them as visitors. A subclass overrides what it needs.
+    activations in float; then one `Walk` with all of them as visitors, then `finish` of each. A
+    subclass overrides what it needs.
 
     Attributes:
         name: in recipes.
@@ -40,3 +41,6 @@ class Algorithm:
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Where the walk reaches a layer: its weight and bias may be replaced."""
+
+    def finish(self, walk: Walk, progress: bool = True) -> None:
+        """After the walk, with all ranges set: weights and biases of the whole graph may be replaced."""

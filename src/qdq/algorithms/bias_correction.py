@@ -22,6 +22,10 @@ class BiasCorrection(Algorithm):
 
     A mean over few samples is uncertain. The correction is the shift times 1 - v / shift**2 (0 where that is negative),
     where v is the variance of the mean as the samples show it: what chance may have made is not corrected.
+
+    Linears with several positions per sample (the tokens of a transformer) are left alone: what follows normalises
+    every position by itself, and a few tokens of very large values, with errors as large, would decide the correction
+    of all.
     """
 
     name: ClassVar[str] = "bias_correction"
@@ -29,12 +33,12 @@ class BiasCorrection(Algorithm):
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Corrects the layer's bias."""
-        if visit.bias is None:
-            return
         axis = visit.layer.output_axis
+        if visit.bias is None or (axis == -1 and visit.float_outputs[0].dim() > 2):
+            return
         # One mean per sample and channel: positions of one image are not independent.
         shifts = torch.cat(
-            [_means(wanted - given, axis) for wanted, given in zip(visit.float_outputs, visit.outputs(), strict=True)]
+            [_shifts(wanted, given, axis) for wanted, given in zip(visit.float_outputs, visit.outputs(), strict=True)]
         )
         mean = shifts.mean(0)
         if shifts.shape[0] > 1:
@@ -43,7 +47,9 @@ class BiasCorrection(Algorithm):
         visit.set_bias(visit.bias + mean)
 
 
-def _means(x: Tensor, axis: int) -> Tensor:
-    """(samples, channels), float64."""
-    x = x.double().movedim(axis, -1)
-    return x.reshape(x.shape[0], -1, x.shape[-1]).mean(1) if x.dim() > 1 else x[None]
+def _shifts(wanted: Tensor, given: Tensor, axis: int) -> Tensor:
+    """The mean of `wanted - given` over positions, float64: (samples, channels)."""
+    difference = (wanted - given).double()
+    if difference.dim() == -axis:  # a single sample, without a dimension for it
+        difference = difference[None]
+    return difference if axis == -1 else difference.flatten(2).mean(2)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..graph.ops import Kind, kind_of
@@ -42,12 +43,23 @@ class Layer:
         return self.operation(x, weight, bias, *self.rest, **self.keywords)
 
 
-def layer_of(graph_module: fx.GraphModule, node: fx.Node) -> Layer | None:
-    """The layer that a node of a quantized graph computes; None where it has no quantized weight, or is no layer.
+def layers_of(graph_module: fx.GraphModule) -> dict[fx.Node, Layer]:
+    """The layers of a quantized graph, by the nodes that compute them, in their order.
 
-    A weight that several operations read belongs to none of them alone, and such operations are no layers.
+    A weight that several operations read belongs to none of them alone, and such operations are no layers; nor are
+    those whose weight quantizer is `fixed`.
     """
     modules = dict(graph_module.named_modules())
+    found = {node: _layer_of(node, modules) for node in graph_module.graph.nodes}
+    return {node: layer for node, layer in found.items() if layer is not None}
+
+
+def layer_of(graph_module: fx.GraphModule, node: fx.Node) -> Layer | None:
+    """The layer that one node computes, None where it computes none: see `layers_of`."""
+    return _layer_of(node, dict(graph_module.named_modules()))
+
+
+def _layer_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     if node.op == "call_function":
         if kind_of(node) not in (Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION, Kind.LINEAR):
@@ -63,7 +75,7 @@ def layer_of(graph_module: fx.GraphModule, node: fx.Node) -> Layer | None:
     if not isinstance(weight, fx.Node) or weight.op != "call_module" or len(weight.users) != 1:
         return None
     quantizer = modules.get(str(weight.target))
-    if not isinstance(quantizer, WeightQuantizer):
+    if not isinstance(quantizer, WeightQuantizer) or quantizer.fixed:
         return None
     bias = node.args[2] if len(node.args) > 2 else None
     if isinstance(bias, fx.Node) and bias.op == "call_module":
@@ -73,8 +85,7 @@ def layer_of(graph_module: fx.GraphModule, node: fx.Node) -> Layer | None:
         return None
     source = weight.args[0]
     assert isinstance(source, fx.Node)
-    linear = "linear" in str(operation)
-    rank = 2 if linear else _rank(node)
+    spatial = re.search(r"conv(?:_transpose)?(\d)d", str(operation))
     return Layer(
         name=str(source.target),
         operation=operation,
@@ -82,13 +93,7 @@ def layer_of(graph_module: fx.GraphModule, node: fx.Node) -> Layer | None:
         bias=None if bias is None else str(bias.target),
         quantizer=quantizer,
         axis=1 if "conv_transpose" in str(operation) else 0,
-        output_axis=-1 if linear else 1 - rank,
+        output_axis=-1 - int(spatial[1]) if spatial else -1,
         rest=tuple(node.args[3:]),
         keywords=dict(node.kwargs),
     )
-
-
-def _rank(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    assert isinstance(value, Tensor)
-    return value.dim()

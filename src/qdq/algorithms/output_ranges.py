@@ -21,14 +21,19 @@ Range = tuple[float, float]
 class OutputRanges:
     """Chooses among proposed ranges.
 
+    The first rule of each quantizer is the usual one. Another is taken where its error is less than `margin` times that
+    of the usual one: differences below are as often chance, and a choice by chance adds up over many layers.
+
     Attributes:
         proposals: quantizer's name -> rule -> the range it proposes.
         chosen: quantizer's name -> the rule whose range was taken.
         samples: so many samples are compared.
+        margin: see above.
     """
 
     proposals: Mapping[str, Mapping[str, Range]]
     samples: int = 16
+    margin: float = 0.6
     chosen: dict[str, str] = field(default_factory=dict)
 
     def visit_layer(self, visit: LayerVisit) -> None:
@@ -42,21 +47,23 @@ class OutputRanges:
         errors = dict.fromkeys(proposals, 0.0)
         given = _first(visit.values, self.samples)
         for layer in visit.readers:
-            weight, bias = visit.walk.original(layer.weight), None
-            for x in given:
-                expected = layer.run(x, weight, bias)
-                scale = float(expected.square().sum()) or 1.0
-                for rule, (low, high) in proposals.items():
-                    visit.quantizer.set_range(low, high)
-                    difference = layer.run(visit.quantizer(x), weight, bias) - expected
-                    errors[rule] += _squares(difference, layer.output_axis) / scale
+            weight = visit.walk.original(layer.weight)
+            expected = [layer.run(x, weight, None) for x in given]
+            total = sum(map(_squares, expected)) or 1.0
+            for rule, (low, high) in proposals.items():
+                visit.quantizer.set_range(low, high)
+                outputs = (layer.run(visit.quantizer(x), weight, None) for x in given)
+                differences = (y - wanted for y, wanted in zip(outputs, expected, strict=True))
+                errors[rule] += sum(_squares(_centred(d, layer.output_axis)) for d in differences) / total
         if visit.others or not visit.readers:
-            for x in given:
-                scale = float(x.square().sum()) or 1.0
-                for rule, (low, high) in proposals.items():
-                    visit.quantizer.set_range(low, high)
-                    errors[rule] += float((visit.quantizer(x) - x).square().sum()) / scale
+            total = sum(map(_squares, given)) or 1.0
+            for rule, (low, high) in proposals.items():
+                visit.quantizer.set_range(low, high)
+                errors[rule] += sum(_squares(visit.quantizer(x) - x) for x in given) / total
+        usual = next(iter(proposals))
         best = min(errors, key=lambda rule: errors[rule])
+        if errors[best] >= self.margin * errors[usual]:
+            best = usual
         visit.quantizer.set_range(*proposals[best])
         self.chosen[visit.quantizer.name] = best
 
@@ -72,7 +79,11 @@ def _first(values: list[Tensor], count: int) -> list[Tensor]:
     return taken
 
 
-def _squares(difference: Tensor, axis: int) -> float:
-    """The squared error without the mean of every channel, which the bias can take."""
+def _squares(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _centred(difference: Tensor, axis: int) -> Tensor:
+    """An error without the mean of every channel, which the bias can take."""
     others = [d for d in range(difference.dim()) if d != axis % difference.dim()]
-    return float((difference - difference.mean(others, keepdim=True)).square().sum())
+    return difference - difference.mean(others, keepdim=True)

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RecipeError
+from .adaround import AdaRound
 from .algorithm import Algorithm
+from .awq import AWQ
 from .bias_correction import BiasCorrection
+from .block_reconstruction import BlockReconstruction
+from .equalization import Equalization
+from .fine_tuning import FineTuning
+from .gptq import GPTQ
+from .smoothquant import SmoothQuant
+from .weight_clipping import WeightClipping
 
-ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (BiasCorrection,)}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    kind.name: kind
+    for kind in (
+        BiasCorrection,
+        Equalization,
+        SmoothQuant,
+        AWQ,
+        AdaRound,
+        GPTQ,
+        WeightClipping,
+        BlockReconstruction,
+        FineTuning,
+    )
+}
 
 
-def algorithms_of(asked: Mapping[str, Mapping[str, Any]]) -> list[Algorithm]:
+def algorithms_of(asked: Mapping[str, Mapping[str, Any]] | Sequence[str]) -> list[Algorithm]:
     """The algorithms that `Recipe.algorithms` names, with their options.
 
     Raises:
         RecipeError: an unknown algorithm or option (the known ones are listed), or a value that an option refuses.
     """
-    return [_algorithm(name, options) for name, options in asked.items()]
+    named = asked if isinstance(asked, Mapping) else {name: {} for name in asked}
+    return [_algorithm(name, options) for name, options in named.items()]
 
 
 def _algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:

@@ -7,6 +7,7 @@ ought to be. So each operation is settled knowing the errors of those before it,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..integer_operations import IntegerOperation
 from ..progress import track
-from .layer import Layer, layer_of
+from .layer import Layer, layers_of
 
 Values = list[Any]
 
@@ -126,7 +127,11 @@ class Walk:
         self.graph_module, self.batches = graph_module, batches
         self._modules: dict[str, nn.Module] = dict(graph_module.named_modules())
         self._originals: dict[str, Tensor] = {}
-        self._layers = {node: layer_of(graph_module, node) for node in graph_module.graph.nodes}
+        self._layers = layers_of(graph_module)
+        # How many tensors each activation quantizer quantizes.
+        self._uses = Counter(
+            str(n.target) for n in graph_module.graph.nodes if n.op == "call_module" and not n.kwargs.get("on_grid")
+        )
 
     @torch.no_grad()
     def run(self, visitors: Sequence[Visitor], progress: bool = True, label: str = "improving") -> None:
@@ -168,6 +173,11 @@ class Walk:
         else:
             setattr(module, leaf, value)
 
+    @property
+    def replaced(self) -> list[str]:
+        """Paths of the parameters that were replaced."""
+        return list(self._originals)
+
     def _is_constant(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self._modules[str(node.target)], (WeightQuantizer, BiasQuantizer))
@@ -195,7 +205,7 @@ class Walk:
             if not node.kwargs.get("on_grid"):
                 self._visit_tensor(node, module, quantized, in_float, visitors)
             return [module(x, **node.kwargs) for x in quantized], in_float
-        layer = self._layers[node]
+        layer = self._layers.get(node)
         known: Values | None = None
         if layer is not None:
             source = node.args[0]
@@ -236,12 +246,9 @@ class Walk:
         in_float: Values,
         visitors: Sequence[Visitor],
     ) -> None:
-        readers = [self._layers[user] for user in node.users]
-        layers = [layer for layer in readers if layer is not None]
-        calls = [n for n in self.graph_module.graph.nodes if n.target == node.target and not n.kwargs.get("on_grid")]
-        visit = TensorVisit(
-            self, quantizer, quantized, in_float, layers, len(readers) - len(layers), shared=len(calls) > 1
-        )
+        layers = [self._layers[user] for user in node.users if user in self._layers]
+        others, shared = len(node.users) - len(layers), self._uses[str(node.target)] > 1
+        visit = TensorVisit(self, quantizer, quantized, in_float, layers, others, shared)
         for visitor in visitors:
             visitor.visit_tensor(visit)
 

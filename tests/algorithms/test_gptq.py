@@ -1,0 +1,145 @@
+"""GPTQ: the codes of a direct implementation in float64, and a smaller error of every layer and of the whole net."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from algorithms.layer_cases import (
+    LAYERS,
+    assert_on_grid,
+    correlated,
+    layer_model,
+    measured,
+    quantized,
+    randn,
+    weight_and_quantizer,
+)
+from algorithms.trained_nets import score
+from qdq.algorithms.bias_correction import BiasCorrection
+from qdq.algorithms.gptq import GPTQ
+from qdq.algorithms.registry import algorithms_of
+from qdq.errors import RecipeError
+
+
+def directly(rows: Tensor, hessian: Tensor, step: Tensor, bound: int, damping: float, descending: bool) -> Tensor:
+    """One group in float64: the inverse Hessian itself, from which each column is eliminated after its turn."""
+    left, step, hessian = rows.double().clone(), step.double(), hessian.double().clone()
+    diagonal = hessian.diagonal().clone()
+    hessian += damping * diagonal.mean() * torch.eye(len(hessian), dtype=torch.float64)
+    for dead in (diagonal == 0).nonzero().flatten():
+        hessian[dead, dead] = 1.0
+    columns = list(range(len(hessian)))
+    if descending:
+        columns.sort(key=lambda j: -float(diagonal[j]))
+    inverse = torch.linalg.inv(hessian)
+    codes = torch.zeros_like(left)
+    for j in columns:
+        codes[:, j] = torch.round(left[:, j] / step[:, j]).clamp(-bound, bound)
+        error = (left[:, j] - codes[:, j] * step[:, j]) / inverse[j, j]
+        left -= error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j, None] * inverse[j] / inverse[j, j]
+    return codes.float()
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 128])
+@pytest.mark.parametrize("order", ["descending", "given"])
+def test_codes_are_those_of_a_direct_implementation(block_size: int, order: str) -> None:
+    groups, channels, width, bound = 3, 5, 40, 7
+    rows = randn(groups, channels, width, seed=1)
+    x = correlated(groups, 200, width, seed=2)
+    x[1, :, [3, 8]] = 0.0  # dead in one group
+    hessian = x.transpose(1, 2) @ x
+    step = (rows.abs().amax(2, keepdim=True) / bound).expand_as(rows)
+    limit = torch.full_like(rows, bound)
+    got = GPTQ(block_size=block_size, order=order).codes(rows, hessian, step, -limit, limit)
+    nearest = torch.round(rows / step)
+    for g in range(groups):
+        expected = directly(rows[g], hessian[g], step[g], bound, 0.01, order == "descending")
+        assert torch.equal(got[g], expected)
+        assert not torch.equal(got[g], nearest[g])
+    assert torch.equal(got[1][:, [3, 8]], nearest[1][:, [3, 8]])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_gains_and_no_channel_loses(name: str) -> None:
+    model, batches = layer_model(name)
+    qmodel = quantized(model, batches, bits=3)
+    step = weight_and_quantizer(qmodel)[1].step_size.clone()
+    visitor = measured(qmodel, batches, GPTQ())
+    (old,), (new,) = visitor.before.values(), visitor.after.values()
+    assert bool((new <= old * 1.001 + 1e-4).all())
+    assert float(new.sum()) < 0.95 * float(old.sum())
+    assert_on_grid(qmodel)
+    assert torch.equal(weight_and_quantizer(qmodel)[1].step_size, step)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("axis", [0, None])
+def test_any_bits_per_channel_and_per_tensor(bits: int, axis: int | None) -> None:
+    model, batches = layer_model("grouped")
+    qmodel = quantized(model, batches, bits=bits, axis=axis)
+    visitor = measured(qmodel, batches, GPTQ())
+    (old,), (new,) = visitor.before.values(), visitor.after.values()
+    assert float(new.sum()) < float(old.sum())
+    assert_on_grid(qmodel)
+
+
+def test_blocks_of_input_channels() -> None:
+    model, batches = layer_model("linear")
+    qmodel = quantized(model, batches, weights={"block_size": 16})
+    visitor = measured(qmodel, batches, GPTQ())
+    assert float(visitor.after["0.weight"].sum()) < 0.8 * float(visitor.before["0.weight"].sum())
+    assert_on_grid(qmodel)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "grouped"])
+def test_pairs_that_must_not_saturate_stay_safe(name: str) -> None:
+    model, batches = layer_model(name)
+    qmodel = quantized(model, batches, bits=8, reduce_range=True)
+    assert weight_and_quantizer(qmodel)[1].pairs_axis is not None
+    visitor = measured(qmodel, batches, GPTQ())
+    assert bool((visitor.after["0.weight"] <= visitor.before["0.weight"] * 1.001 + 1e-4).all())
+    assert float(visitor.after["0.weight"].sum()) < float(visitor.before["0.weight"].sum())
+    assert_on_grid(qmodel)
+
+
+def test_inputs_that_are_always_zero() -> None:
+    model = nn.Sequential(nn.Linear(8, 4)).eval()
+    batches = [correlated(32, 8)]
+    batches[0][:, [1, 5]] = 0.0
+    qmodel = quantized(model, batches)
+    before, quantizer = weight_and_quantizer(qmodel)
+    nearest = quantizer.codes(before)
+    measured(qmodel, batches, GPTQ())
+    after, _ = weight_and_quantizer(qmodel)
+    assert torch.equal(quantizer.codes(after)[:, [1, 5]], nearest[:, [1, 5]])
+    silent = quantized(nn.Sequential(nn.Linear(8, 4)).eval(), [torch.zeros(4, 8)])
+    measured(silent, [torch.zeros(4, 8)], GPTQ())
+    assert_on_grid(silent)
+
+
+@pytest.mark.parametrize("net", ["S1", "S2"])
+def test_trained_nets_gain(net: str) -> None:
+    corrected = score(net, 4, [BiasCorrection()])
+    chosen = score(net, 4, [GPTQ(), BiasCorrection()])
+    assert chosen.sqnr > corrected.sqnr + 3
+    assert chosen.accuracy >= chosen.in_float * 0.98
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be a number above 0, not 0.0"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, not 0"),
+        ({"order": "random"}, "order must be 'descending' or 'given', not 'random'"),
+        ({"positions": 0}, "positions must be an integer of at least 1, not 0"),
+        ({"seed": 0.5}, "seed must be an integer of at least 0, not 0.5"),
+    ],
+)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTQ(**options)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=message):
+        algorithms_of({"gptq": options})

@@ -1,0 +1,238 @@
+"""The walk: both models side by side, as visitors leave the one and as the other was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qdq
+from fixtures import fashion
+from fixtures.classifiers import s1, s2
+from pipeline.helpers import quantize, sqnr_db
+from qdq.affine_quantizer import AffineQuantizer
+from qdq.algorithms.algorithm import Algorithm
+from qdq.algorithms.bias_correction import BiasCorrection
+from qdq.algorithms.layer import layers_of
+from qdq.algorithms.output_ranges import OutputRanges
+from qdq.algorithms.registry import ALGORITHMS, algorithms_of
+from qdq.algorithms.walk import LayerVisit, TensorVisit, Walk
+from qdq.errors import RecipeError
+from qdq.recipe import Recipe
+
+PLAIN = Recipe(calibration="mse", algorithms={})
+
+
+class Several(nn.Module):
+    """Shared weights, a split, a residual sum, a concatenation, a transposed and a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding="same", groups=4)
+        self.c = nn.ConvTranspose2d(16, 6, 2, stride=2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        y = self.b(self.b(x)) + x
+        first, last = y.chunk(2, 1)
+        z = self.c(torch.cat([last, first, y], 1))
+        return self.head(z.mean((2, 3)))
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+class Recording(Algorithm):
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerVisit] = {}
+        self.tensors: list[TensorVisit] = []
+
+    def visit_layer(self, visit: LayerVisit) -> None:
+        self.layers[visit.layer.name] = visit
+
+    def visit_tensor(self, visit: TensorVisit) -> None:
+        self.tensors.append(visit)
+
+
+@pytest.mark.parametrize("build", [s1, s2, Several], ids=lambda build: build.__name__)
+def test_the_walk_computes_both_models(build) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    batches = [images(4), images(3, 1)] if build is Several else list(fashion.load("train", limit=8)[0].split(4))
+    qmodel = quantize(model, batches, recipe=PLAIN)
+    seen = Recording()
+    Walk(qmodel, [[x] for x in batches]).run([seen], progress=False)
+    head = next(visit for name, visit in seen.layers.items() if name.split(".")[0] in ("head", "fc"))
+    with torch.no_grad():
+        for i, x in enumerate(batches):
+            torch.testing.assert_close(head.float_outputs[i], model(x), rtol=1e-4, atol=1e-4)
+            # The simulation rounds its last sums as the runtime does; the walk leaves the output unrounded.
+            outputs = [
+                quantizer for quantizer in qmodel.modules() if getattr(quantizer, "name", "") == "fc.output_quantizer"
+            ]
+            found = list(head.outputs())[i]
+            found = outputs[0](found) if outputs else found
+            assert sqnr_db([qmodel(x).numpy()], [found.numpy()]) > 50
+
+
+def test_weights_that_several_operations_read_make_no_layer() -> None:
+    torch.manual_seed(0)
+    qmodel = quantize(Several().eval(), [images(4)], recipe=PLAIN)
+    layers = layers_of(qmodel)
+    assert [layer.name for layer in layers.values()] == ["a.weight", "c.weight", "head.weight"]
+    assert [(layer.axis, layer.output_axis) for layer in layers.values()] == [(0, -3), (1, -3), (0, -1)]
+
+
+def test_replacing_leaves_the_float_model_and_the_users_model_alone() -> None:
+    torch.manual_seed(0)
+    model = Several().eval()
+    before = copy.deepcopy(model.state_dict())
+    qmodel = quantize(model, [images(4)], recipe=PLAIN)
+
+    class Zero(Algorithm):
+        def visit_layer(self, visit: LayerVisit) -> None:
+            if visit.layer.name == "a.weight":
+                visit.set_weight(torch.zeros_like(visit.weight))
+                assert visit.bias is not None
+                visit.set_bias(torch.zeros_like(visit.bias))
+
+    seen = Recording()
+    Walk(qmodel, [[images(4)]]).run([Zero(), seen], progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    relu = next(visit for visit in seen.tensors if visit.quantizer.name == "relu_quantizer")
+    assert not relu.values[0].any() and relu.float_values[0].any()
+    assert not torch.equal(seen.layers["c.weight"].inputs[0], seen.layers["c.weight"].float_inputs[0])
+    assert isinstance(qmodel.get_parameter("a.weight"), nn.Parameter) and not qmodel.get_parameter("a.weight").any()
+    first = seen.layers["a.weight"]
+    assert first.float_bias is not None
+    assert torch.equal(first.float_weight, before["a.weight"]) and torch.equal(first.float_bias, before["a.bias"])
+
+
+def test_the_readers_of_a_tensor_are_told() -> None:
+    torch.manual_seed(0)
+    qmodel = quantize(Several().eval(), [images(4)], recipe=PLAIN)
+    seen = Recording()
+    Walk(qmodel, [[images(4)]]).run([seen], progress=False)
+    told = {visit.quantizer.name: visit for visit in seen.tensors}
+    assert [layer.name for layer in told["x_quantizer"].readers] == ["a.weight"] and told["x_quantizer"].others == 0
+    assert told["relu_quantizer"].readers == [] and told["relu_quantizer"].others == 2
+
+
+@pytest.fixture(scope="module")
+def fashion_batches() -> list[Tensor]:
+    return list(fashion.load("train", limit=64)[0].split(32))
+
+
+def _errors(build, recipe: Recipe, batches: list[Tensor]) -> float:
+    model, held_out = build(), fashion.load("test", limit=200)[0]
+    qmodel = quantize(model, batches, recipe=recipe)
+    with torch.no_grad():
+        return sqnr_db([model(held_out).numpy()], [qmodel(held_out).numpy()])
+
+
+@pytest.mark.parametrize(("build", "bits", "gain"), [(s1, 8, 0.3), (s2, 8, 0.5), (s2, 4, 1.5)])
+def test_bias_correction_gains(build, bits: int, gain: float, fashion_batches) -> None:
+    weights = qdq.QuantDescriptor(num_bits=bits, axis=0, narrow_range=True)
+    plain, corrected = (
+        _errors(build, Recipe(weights=weights, calibration="mse", algorithms=algorithms), fashion_batches)
+        for algorithms in ({}, ["bias_correction"])
+    )
+    assert corrected > plain + gain
+
+
+def test_bias_correction_takes_the_shift_off_and_nothing_that_chance_made() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 4)).eval()
+    qmodel = quantize(model, [torch.randn(64, 16)], recipe=PLAIN)
+    path = next(iter(layers_of(qmodel).values())).bias
+    assert path is not None
+    x = torch.randn(64, 16)
+
+    class Shift(Algorithm):
+        """As if quantization had shifted the first channel by 1."""
+
+        def visit_layer(self, visit: LayerVisit) -> None:
+            assert visit.bias is not None
+            visit.set_bias(visit.bias + torch.tensor([1.0, 0, 0, 0]))
+
+    before = qmodel.get_parameter(path).detach().clone()
+    Walk(qmodel, [[x[:32]], [x[32:]]]).run([Shift(), BiasCorrection()], progress=False)
+    change = qmodel.get_parameter(path).detach() - before
+    assert change[0].abs() < 0.01 and change[1:].abs().max() < 0.01
+
+
+def test_linears_over_tokens_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval()
+    x = torch.randn(16, 10, 16)
+    recipe = Recipe(activations=qdq.QuantDescriptor(num_bits=8, amax=1.0), algorithms={})
+    qmodel = quantize(model, [x], recipe=recipe)
+    before = {name: value.clone() for name, value in qmodel.state_dict().items()}
+    Walk(qmodel, [[x]]).run([BiasCorrection()], progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
+
+
+def test_a_rule_that_is_clearly_better_is_taken_and_the_usual_one_otherwise(fashion_batches) -> None:
+    qmodel = quantize(s1(), fashion_batches, recipe=PLAIN)
+    samples = [[x] for x in fashion_batches]
+    name = next(m.name for m in qmodel.modules() if isinstance(m, AffineQuantizer))
+    low, high = -1.0, 3.0
+    for usual, other, expected in [((low, high), (low / 50, high / 50), "usual"), ((low, 100.0), (low, high), "other")]:
+        choice = OutputRanges({name: {"usual": usual, "other": other}})
+        Walk(qmodel, samples).run([choice], progress=False)
+        assert choice.chosen == {name: expected}
+
+
+def test_the_default_chooses_and_corrects(fashion_batches) -> None:
+    default = quantize(s1(), fashion_batches)
+    plain = quantize(s1(), fashion_batches, recipe=Recipe(algorithms={}))
+    biases = [name for name, _ in default.named_parameters() if name.endswith("bias")]
+    assert biases and any(not torch.equal(default.get_parameter(n), plain.get_parameter(n)) for n in biases)
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "told"),
+    [
+        (["magic"], "unknown algorithm 'magic'; known are .*bias_correction"),
+        ({"bias_correction": {"speed": 1}}, r"algorithms\['bias_correction'\]: unknown option 'speed'; it has none"),
+    ],
+)
+def test_unknown_algorithms_and_options_are_refused(algorithms, told: str, fashion_batches) -> None:
+    with pytest.raises(RecipeError, match=told):
+        quantize(s1(), fashion_batches, recipe=Recipe(algorithms=algorithms))
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "told"),
+    [
+        ("bias_correction", "algorithms must be a list of names, or a mapping of names to options"),
+        (["a", "a"], "algorithms names one algorithm twice"),
+        ({"a": 1}, r"algorithms\['a'\] must be a mapping, not int"),
+        ([1], "algorithms must be a list of names"),
+    ],
+)
+def test_recipes_refuse_what_names_no_algorithms(algorithms, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        Recipe(algorithms=algorithms)
+
+
+def test_recipes_with_algorithms_come_back_from_yaml() -> None:
+    recipe = Recipe(algorithms=["smoothquant", "bias_correction"], calibration="mse")
+    assert recipe == Recipe(calibration="mse") == Recipe.from_yaml(recipe.to_yaml())
+    recipe = Recipe(algorithms={"b": {"x": 1}, "a": {}})
+    found = Recipe.from_yaml(recipe.to_yaml())
+    assert found == recipe and [*found.algorithms] == ["b", "a"]
+    assert Recipe(algorithms=()) != Recipe() and Recipe.from_yaml(Recipe(algorithms=()).to_yaml()).algorithms == {}
+
+
+def test_every_algorithm_has_a_name_and_a_citation() -> None:
+    for name, kind in ALGORITHMS.items():
+        assert kind.name == name and kind.citation and kind.__doc__
+        assert [type(a) for a in algorithms_of({name: {}})] == [kind]
