@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .calib.ranges import channel_mse_amax
 from .functional import fake_quantize_affine
@@ -18,10 +19,10 @@ BIAS_CODE_LIMIT = 2**30
 
 
 class WeightQuantizer(nn.Module):
-    """Symmetric fake quantization of a weight, with one step size per channel or one for the tensor.
+    """Symmetric fake quantization of a weight, with a step size per channel, per block of a channel, or for all of it.
 
     codes = clamp(round_half_to_even(w / step_size), -bound, bound), bound = 2**(num_bits - 1) - 1. Buffer: `step_size`,
-    float32, of shape [channels] or 0-d.
+    float32, of shape [channels], [channels, blocks] or 0-d; `step_for` gives it a shape that broadcasts to the weight.
 
     Args:
         name: path in the model.
@@ -29,17 +30,34 @@ class WeightQuantizer(nn.Module):
         axis: of the weight, the channels that have their own step size; None for one step size.
         channels: size of that axis.
         pairs_axis: output-channel axis, where neighbouring codes must not saturate (`qdq.saturation`); else None.
+        block_size: of a weight of two dimensions: so many neighbours along the other axis share a step size. The last
+            block may be shorter. None for one step size per channel.
+        inputs: size of the other axis; needed with `block_size`.
+        stored_bits: 4 where an exported file packs two codes into a byte (`num_bits` of at most 4), else 8.
     """
 
     step_size: Tensor
 
     def __init__(
-        self, name: str, num_bits: int, axis: int | None, channels: int, pairs_axis: int | None = None
+        self,
+        name: str,
+        num_bits: int,
+        axis: int | None,
+        channels: int,
+        pairs_axis: int | None = None,
+        *,
+        block_size: int | None = None,
+        inputs: int = 0,
+        stored_bits: int = 8,
     ) -> None:
         super().__init__()
         self.name, self.num_bits, self.axis, self.pairs_axis = name, num_bits, axis, pairs_axis
+        self.block_size, self.stored_bits = block_size, stored_bits
         self.enabled = True
-        self.register_buffer("step_size", torch.ones(()) if axis is None else torch.ones(channels))
+        # Whether weight and step size are to stay as they are, whatever algorithms could gain.
+        self.fixed = False
+        shape = [] if axis is None else [channels] if block_size is None else [channels, -(-inputs // block_size)]
+        self.register_buffer("step_size", torch.ones(shape))
         self._remembered = Remembered()
 
     @property
@@ -54,6 +72,10 @@ class WeightQuantizer(nn.Module):
         """
         weight = weight.detach()
         channels = weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0)
+        if self.block_size is not None:
+            # Zeros fill the last block: they quantize to themselves and change no range.
+            short = -channels.shape[1] % self.block_size
+            channels = F.pad(channels, (0, short)).reshape(-1, self.block_size)
         if method == "mse":
             amax = channel_mse_amax(channels, 0, self.num_bits)
         else:
@@ -65,19 +87,30 @@ class WeightQuantizer(nn.Module):
         self.step_size.copy_((amax / self.bound).reshape(self.step_size.shape))
 
     def fit_bias(self, bias: Tensor, input_step: Tensor) -> None:
-        """Enlarges step sizes whose bias would not fit int32 (its step is input step x weight step)."""
+        """Enlarges step sizes whose bias would not fit int32 (its step is input step x weight step).
+
+        Not for blocks: operations with integer biases have none.
+        """
+        assert self.block_size is None
         least = bias.detach().abs().double() / (input_step.double() * BIAS_CODE_LIMIT)
         if self.axis is None:
             least = least.max()
         least = least.float().nan_to_num().to(self.step_size.device)
         self.step_size.copy_(torch.maximum(self.step_size, least.reshape(self.step_size.shape)))
 
-    def _step_for(self, weight: Tensor) -> Tensor:
+    def step_for(self, weight: Tensor) -> Tensor:
+        """The step sizes in a shape that broadcasts to a weight: with blocks, one for each of its elements."""
         if self.axis is None:
             return self.step_size
+        if self.block_size is not None:
+            inputs = weight.shape[1 - self.axis]
+            return self.step_size.repeat_interleave(self.block_size, 1)[:, :inputs].movedim(0, self.axis)
         shape = [1] * weight.dim()
         shape[self.axis] = -1
         return self.step_size.reshape(shape)
+
+    def _step_for(self, weight: Tensor) -> Tensor:
+        return self.step_for(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, of the weight's shape."""
@@ -88,7 +121,7 @@ class WeightQuantizer(nn.Module):
         return self._remembered.get(lambda: self._fake(weight), weight, self.step_size)
 
     def _fake(self, weight: Tensor) -> Tensor:
-        step = self._step_for(weight)
+        step = self.step_for(weight)
         fake = fake_quantize_affine(weight, step, torch.zeros_like(step), -self.bound, self.bound)
         if self.pairs_axis is None:
             return fake
@@ -99,19 +132,21 @@ class WeightQuantizer(nn.Module):
         return self._codes(weight).to(torch.int8)
 
     def _codes(self, weight: Tensor) -> Tensor:
-        step = self._step_for(weight)
+        step = self.step_for(weight)
         run = reference if torch.compiler.is_compiling() else for_tensor(weight)
         codes = run.affine_quantize(weight.detach(), step, torch.zeros_like(step), -self.bound, self.bound)
         return codes if self.pairs_axis is None else shrink_pairs(codes, self.pairs_axis)
 
     def _dequantized(self, weight: Tensor) -> Tensor:
-        return self._codes(weight) * self._step_for(weight)
+        return self._codes(weight) * self.step_for(weight)
 
     def extra_repr(self) -> str:
         """Bits and granularity in one line."""
-        per = "per tensor" if self.axis is None else f"axis={self.axis}, channels={self.step_size.numel()}"
+        per = "per tensor" if self.axis is None else f"axis={self.axis}, channels={self.step_size.shape[0]}"
+        if self.block_size is not None:
+            per += f", blocks of {self.block_size}"
         pairs = "" if self.pairs_axis is None else ", saturation-safe pairs"
-        return f"int8, {self.num_bits} bits, {per}{pairs}"
+        return f"int{self.stored_bits}, {self.num_bits} bits, {per}{pairs}"
 
 
 class BiasQuantizer(nn.Module):

@@ -21,6 +21,7 @@ _DEFAULTS: dict[str, Any] = {
     "calib_method": "max",
     "unsigned": False,
     "narrow_range": False,
+    "block_size": None,
 }
 
 
@@ -40,16 +41,20 @@ class QuantDescriptor:
         calib_method: "max" or "histogram".
         unsigned: codes from 0.
         narrow_range: leave out the smallest signed code, so that codes are symmetric.
+        block_size: of the weights of linears in `qdq.quantize`: every so many input channels of an output channel have
+            a step size of their own. None for one step size per channel. `TensorQuantizer` does not take it.
 
     Raises:
-        TypeError: ``num_bits``, ``name``, ``axis`` or ``amax`` of another type; ``learn_amax`` with ``axis``;
-            an unknown keyword.
-        ValueError: negative ``num_bits``; unknown ``calib_method``; an ``amax`` list that is no array of numbers.
+        TypeError: ``num_bits``, ``name``, ``axis``, ``amax`` or ``block_size`` of another type; ``learn_amax`` with
+            ``axis``; an unknown keyword.
+        ValueError: negative ``num_bits``; ``block_size`` below 1; unknown ``calib_method``; an ``amax`` list that is no
+            array of numbers.
     """
 
     __slots__ = (
         "_amax",
         "_axis",
+        "_block_size",
         "_calib_method",
         "_fake_quant",
         "_learn_amax",
@@ -73,6 +78,7 @@ class QuantDescriptor:
         calib_method: str = "max",
         unsigned: bool = False,
         narrow_range: bool = False,
+        block_size: int | None = None,
         **unused: Any,
     ) -> None:
         if unused:
@@ -93,6 +99,7 @@ class QuantDescriptor:
         self._calib_method = calib_method
         self._unsigned = unsigned
         self._narrow_range = narrow_range
+        self._block_size = _checked_block_size(block_size)
 
     @property
     def num_bits(self) -> int | tuple[int, int]:
@@ -143,6 +150,11 @@ class QuantDescriptor:
     def narrow_range(self) -> bool:
         """Without the smallest signed code."""
         return self._narrow_range
+
+    @property
+    def block_size(self) -> int | None:
+        """So many input channels of a weight share a step size; None for all of them."""
+        return self._block_size
 
     def dict(self) -> dict[str, Any]:
         """``num_bits``, ``name`` and every field that differs from its default, as plain data (amax as a list)."""
@@ -220,6 +232,16 @@ def _checked_axis(axis: Any) -> int | tuple[int, ...] | None:
     elif axis is None or isinstance(axis, int):
         return axis
     raise TypeError(f"axis must be None, an integer or a tuple of integers, got {axis!r}")
+
+
+def _checked_block_size(block_size: Any) -> int | None:
+    if block_size is None:
+        return None
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise TypeError(f"block_size must be None or an integer, got {block_size!r}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be 1 or more, got {block_size}")
+    return block_size
 
 
 def _checked_amax(amax: Any) -> np.ndarray | None:

@@ -6,7 +6,7 @@ operations below compute what the runtime's kernels do: exact integer sums, and 
 them. The result lies on the grid of the quantizer that follows, which finds nothing left to round.
 
 Where gradients are recorded, while a graph is captured or compiled, and while a quantizer around the operation is
-disabled or collecting, the plain PyTorch operation runs.
+disabled, the plain PyTorch operation runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .affine_quantizer import AffineQuantizer
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
@@ -36,7 +37,7 @@ class IntegerOperation(nn.Module):
     Args:
         operation: the `torch.ops.aten` overload.
         inputs: quantizers of the tensor operands.
-        output: quantizer of the result.
+        output: quantizer of the result; None where it is float.
         constants: quantizers of weight and bias.
     """
 
@@ -44,13 +45,14 @@ class IntegerOperation(nn.Module):
         self,
         operation: Callable[..., Tensor],
         inputs: tuple[AffineQuantizer, ...],
-        output: AffineQuantizer,
+        output: AffineQuantizer | None,
         constants: tuple[WeightQuantizer | BiasQuantizer, ...] = (),
     ) -> None:
         super().__init__()
         self.operation = operation
         # Tuples: the quantizers belong to the tensors, not to this module, and are not registered here.
-        self.inputs, self.output, self.constants = inputs, (output,), constants
+        self.inputs, self.constants = inputs, constants
+        self.output: tuple[AffineQuantizer, ...] = () if output is None else (output,)
 
     def forward(self, *args: Any) -> Tensor:
         """The operation's result for its own arguments."""
@@ -184,9 +186,40 @@ class IntegerGlobalAverage(IntegerOperation):
         return self._on_grid(torch.round(sums * (source.step_size / (output.step_size * size))))
 
 
+class BlockRounding(IntegerOperation):
+    """MatMulNBits of ONNX Runtime at accuracy level 4, its default: what it reads is rounded to int8, block by block.
+
+    Every `block_size` neighbours along the last axis of the input share a step size, absmax / 127, found in each call.
+    The products are then exact within a block, so that the plain operation on the rounded input is what is computed.
+
+    Args:
+        weights: quantizer of the weight.
+        block_size: as the runtime's kernel has it: that of the weight.
+    """
+
+    def __init__(self, weights: WeightQuantizer, block_size: int) -> None:
+        super().__init__(torch.ops.aten.alias.default, (), None, (weights,))
+        self.block_size = block_size
+
+    def exact(self, *args: Any) -> Tensor:
+        """The rounded input, of its shape."""
+        (x,) = args
+        blocks = F.pad(x, (0, -x.shape[-1] % self.block_size)).unflatten(-1, (-1, self.block_size))
+        amax = blocks.abs().amax(-1, keepdim=True)
+        # Not 1 / step: values that lie between two codes fall to the same side as in the runtime. And tensor by tensor:
+        # PyTorch divides a number by a tensor with an error of one unit in the last place.
+        bound = torch.full_like(amax, 127)
+        inverse = torch.where(amax > 0, bound / amax, 0.0)
+        return (torch.round(blocks * inverse) * (amax / bound)).flatten(-2)[..., : x.shape[-1]]
+
+    def extra_repr(self) -> str:
+        """The block size."""
+        return f"int8, blocks of {self.block_size}"
+
+
 def _active(quantizer: Quantizer) -> bool:
     if isinstance(quantizer, AffineQuantizer):
-        return quantizer.enabled and quantizer.calibrated and quantizer.collector is None
+        return quantizer.enabled and quantizer.calibrated
     return quantizer.enabled
 
 

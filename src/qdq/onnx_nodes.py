@@ -9,6 +9,8 @@ from torch import Tensor
 
 OPSET = 21
 QUANTIZER_KEY = "qdq.quantizer"
+# Marks, until the file is written, DequantizeLinear nodes whose codes are stored as INT4.
+INT4_KEY = "qdq.int4"
 
 
 def quantize_dequantize(
@@ -53,14 +55,58 @@ def quantize_dequantize(
     return x
 
 
-def dequantize(codes: Tensor, step_size: Tensor, zero_point: Tensor, axis: int | None, name: str) -> Tensor:
-    """Constant codes through DequantizeLinear; `axis` where the step size is per channel."""
+def dequantize(
+    codes: Tensor,
+    step_size: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None,
+    name: str,
+    *,
+    block_size: int | None = None,
+    stored_bits: int = 8,
+) -> Tensor:
+    """Constant codes through DequantizeLinear.
+
+    Args:
+        zero_point: None is 0.
+        axis: where the step size is per channel; with `block_size`, the axis that is cut into blocks.
+        name: of the quantizer, kept with the node.
+        block_size: so many codes along `axis` share a step size.
+        stored_bits: 4 marks the node: whoever writes the file stores its codes as INT4.
+    """
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    if block_size is not None:
+        attributes["block_size"] = block_size
+    marks = {QUANTIZER_KEY: name}
+    if stored_bits == 4:
+        marks[INT4_KEY] = "yes"
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
-        (codes, step_size, zero_point),
-        {} if axis is None else {"axis": axis},
+        (codes, step_size) if zero_point is None else (codes, step_size, zero_point),
+        attributes,
         dtype=torch.float32,
         shape=codes.shape,
         version=OPSET,
+        metadata_props=marks,
+    )
+
+
+def matmul_nbits(x: Tensor, packed: Tensor, step_size: Tensor, name: str, **attributes: Any) -> Tensor:
+    """x times a packed weight, through MatMulNBits of com.microsoft.
+
+    Args:
+        x: float32, [..., K].
+        packed: uint8 codes with zero point 2**(bits - 1), [N, blocks, bytes of a block].
+        step_size: [N * blocks].
+        name: of the weight's quantizer.
+        attributes: of the operator: K, N, bits, block_size, accuracy_level.
+    """
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulNBits",
+        (x, packed, step_size),
+        attributes,
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], attributes["N"]),
+        version=1,
         metadata_props={QUANTIZER_KEY: name},
     )

@@ -20,6 +20,11 @@ class QuantizerSettings(nn.Module):
         super().__init__()
         if isinstance(desc.num_bits, tuple) and not desc.fake_quant:
             raise ValueError(f"num_bits={desc.num_bits} needs fake_quant=True: E4M3 codes are only simulated")
+        if desc.block_size is not None:
+            raise ValueError(
+                f"block_size={desc.block_size} is for weights of qdq.quantize: a TensorQuantizer has one amax per "
+                "tensor or per channel; set block_size=None"
+            )
         self._num_bits = desc.num_bits
         self._fake_quant = desc.fake_quant
         self._axis = desc.axis

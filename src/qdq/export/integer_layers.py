@@ -24,7 +24,8 @@ from ..graph.ops import WEIGHTED, Kind, clip_bounds, data_inputs, is_constant, i
 from ..graph.targets import Target
 from ..saturation import pair_safe_factor, shrink_pairs
 from .coded_constants import CodedConstant, requantized
-from .lowering import ConstantDequantizer, add_module
+from .constants import ConstantDequantizer
+from .lowering import add_module
 from .module_graph import clips_codes
 
 logger = logging.getLogger("qdq.export")

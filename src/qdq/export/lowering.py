@@ -11,35 +11,16 @@ from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..errors import CalibrationError
 from ..graph.fold import attribute
-from ..graph.ops import Kind, kind_of, rank_of
-from ..integer_operations import IntegerOperation
-from ..onnx_nodes import OPSET, dequantize
+from ..graph.ops import WEIGHT_ONLY, Kind, kind_of, rank_of
+from ..graph.record import KEY, Record
+from ..graph.targets import Target
+from ..integer_operations import BlockRounding, IntegerOperation
+from ..onnx_nodes import OPSET
+from .constants import ConstantDequantizer, PackedMatMul
 
 aten = torch.ops.aten
-
-
-class ConstantDequantizer(nn.Module):
-    """Integer codes of a weight or bias that the file stores, and their DequantizeLinear."""
-
-    codes: Tensor
-    step_size: Tensor
-    zero_point: Tensor
-
-    def __init__(self, name: str, codes: Tensor, step_size: Tensor, axis: int | None) -> None:
-        super().__init__()
-        self.name, self.axis = name, axis
-        self.register_buffer("codes", codes.contiguous())
-        self.register_buffer("step_size", step_size.detach().float().clone())
-        self.register_buffer("zero_point", torch.zeros(step_size.shape, dtype=codes.dtype))
-
-    def forward(self) -> Tensor:
-        """The constant as float32."""
-        if torch.onnx.is_in_onnx_export():
-            return dequantize(self.codes, self.step_size, self.zero_point, self.axis, self.name)
-        shape = [1] * self.codes.dim()
-        if self.axis is not None:
-            shape[self.axis] = -1
-        return self.codes.float() * self.step_size.reshape(shape if self.axis is not None else ())
+# (name of the quantizer, whether transposed, form) -> the module that holds the constant in this form.
+_Known = dict[tuple[str, bool, str], str]
 
 
 class QuantizedEmbedding(nn.Module):
@@ -85,12 +66,18 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
         raise CalibrationError(f"cannot export: {len(missing)} quantizers have no range: {', '.join(missing)}")
     for node in list(lowered.graph.nodes):
         if node.op == "call_module" and isinstance(module := modules.get(str(node.target)), IntegerOperation):
+            if isinstance(module, BlockRounding):
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                lowered.graph.erase_node(node)
+                continue
             with lowered.graph.inserting_before(node):
                 plain = lowered.graph.call_function(module.operation, node.args)
             plain.meta = dict(node.meta)
             node.replace_all_uses_with(plain)
             lowered.graph.erase_node(node)
-    weights: dict[tuple[str, bool], str] = {}
+    record = graph_module.meta.get(KEY)
+    target = record.target if isinstance(record, Record) else None
+    weights: _Known = {}
     for node in list(lowered.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, BiasQuantizer):
@@ -98,10 +85,11 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(module, WeightQuantizer):
             parameter = node.args[0]
             assert isinstance(parameter, fx.Node)
+            codes = module.codes(attribute(lowered, str(parameter.target)))
             constant = ConstantDequantizer(
-                module.name, module.codes(attribute(lowered, str(parameter.target))), module.step_size, module.axis
+                module.name, codes, module.step_size, module.axis, module.block_size, module.stored_bits
             )
-            _lower_constant(lowered, node, constant, weights)
+            _lower_constant(lowered, node, constant, weights, target)
         elif isinstance(module, ConstantDequantizer):
             _lower_constant(lowered, node, module, weights)
     for node in list(lowered.graph.nodes):
@@ -124,33 +112,55 @@ def _lower_bias(lowered: fx.GraphModule, node: fx.Node, module: BiasQuantizer) -
 
 
 def _lower_constant(
-    lowered: fx.GraphModule, node: fx.Node, constant: ConstantDequantizer, known: dict[tuple[str, bool], str]
+    lowered: fx.GraphModule, node: fx.Node, constant: ConstantDequantizer, known: _Known, target: Target | None = None
 ) -> None:
-    name, codes, step, axis = constant.name, constant.codes, constant.step_size, constant.axis
-    for reader in list(node.users):
+    """Puts a constant before each of its readers, in the form that the reader takes.
+
+    Args:
+        target: given for weights of `qdq.quantize`: linears with float activations are then stored as the matrix
+            products that runtimes compute from few bits.
+    """
+    readers = list(node.users)
+    for reader in readers:
         kind = kind_of(reader)
-        rows = axis in (None, 0) and not codes.dtype.is_floating_point
+        rows = constant.axis in (None, 0) and not constant.codes.dtype.is_floating_point
         if kind is Kind.EMBEDDING and reader.args[0] is node and rows:
-            _replace_by_module(lowered, reader, QuantizedEmbedding(codes, step), (reader.args[1],))
+            table = QuantizedEmbedding(constant.codes, constant.step_size)
+            _replace_by_module(lowered, reader, table, (reader.args[1],))
             continue
-        if kind is Kind.LINEAR and reader.args[1] is node and rank_of(reader) != 2:
-            _linear_as_matmul(lowered, reader, name, codes, step, axis, known)
+        weight_only = target is not None and bool(reader.meta.get(WEIGHT_ONLY))
+        used = constant
+        if kind is Kind.LINEAR and reader.args[1] is node and (rank_of(reader) != 2 or weight_only):
+            reader, used = _linear_as_matmul(lowered, reader), constant.transposed()
+        if target is not None and weight_only and _is_packed(lowered, reader, target, len(readers) > 1):
+            packed = (constant.name, True, "packed")
+            if packed not in known:
+                block = used.block_size or target.rounds_inputs or 32
+                module = PackedMatMul(used, block, 1 if target.rounds_inputs is None else 4)
+                known[packed] = add_module(lowered, module)
+            _replace_by_call(lowered, reader, known[packed], (reader.args[0],))
             continue
-        _constant_argument(lowered, reader, node, name, codes, step, axis, known, False)
+        _constant_argument(lowered, reader, node, used, known, used is not constant)
 
 
-def _linear_as_matmul(
-    lowered: fx.GraphModule,
-    linear: fx.Node,
-    name: str,
-    codes: Tensor,
-    step: Tensor,
-    axis: int | None,
-    known: dict[tuple[str, bool], str],
-) -> None:
-    """Stores the weight transposed: a Transpose between DequantizeLinear and MatMul would hide the integer pattern."""
+def _is_packed(lowered: fx.GraphModule, product: fx.Node, target: Target, shared: bool) -> bool:
+    """Whether a product is stored as MatMulNBits.
+
+    ONNX Runtime makes one of DequantizeLinear and MatMul by itself, but not where several operations read the weight,
+    and not where the input has a DequantizeLinear too: there it computes something else, or fails.
+    """
+    source = product.args[0]
+    assert isinstance(source, fx.Node)
+    quantized = source.op == "call_module" and isinstance(lowered.get_submodule(str(source.target)), AffineQuantizer)
+    return target.matmul_nbits or ((quantized or shared) and target.rounds_inputs is not None)
+
+
+def _linear_as_matmul(lowered: fx.GraphModule, linear: fx.Node) -> fx.Node:
+    """The product alone, of a weight that is still to be transposed, with the bias added behind it.
+
+    It is stored transposed: a Transpose between DequantizeLinear and MatMul would hide the integer pattern.
+    """
     source, weight, bias = (*linear.args, None)[:3]
-    assert isinstance(weight, fx.Node)
     with lowered.graph.inserting_before(linear):
         product = lowered.graph.call_function(aten.matmul.default, (source, weight))
         product.meta = dict(linear.meta)
@@ -160,32 +170,31 @@ def _linear_as_matmul(
             result.meta = dict(linear.meta)
     linear.replace_all_uses_with(result)
     lowered.graph.erase_node(linear)
-    transposed = None if axis is None else 1 - axis
-    _constant_argument(lowered, product, weight, name, codes.t(), step, transposed, known, True)
+    return product
 
 
 def _constant_argument(
     lowered: fx.GraphModule,
     reader: fx.Node,
     old: fx.Node,
-    name: str,
-    codes: Tensor,
-    step: Tensor,
-    axis: int | None,
-    known: dict[tuple[str, bool], str],
+    constant: ConstantDequantizer,
+    known: _Known,
     transposed: bool,
 ) -> None:
-    if (name, transposed) not in known:
-        constant = ConstantDequantizer(name, codes, step, axis)
-        known[name, transposed] = add_module(lowered, constant)
+    key = (constant.name, transposed, "codes")
+    if key not in known:
+        known[key] = add_module(lowered, constant)
     with lowered.graph.inserting_before(reader):
-        call = lowered.graph.call_module(known[name, transposed], ())
+        call = lowered.graph.call_module(known[key], ())
     call.meta = {**old.meta, "qdq_constant": True}
     reader.replace_input_with(old, call)
 
 
 def _replace_by_module(lowered: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[object, ...]) -> None:
-    path = add_module(lowered, module)
+    _replace_by_call(lowered, node, add_module(lowered, module), args)
+
+
+def _replace_by_call(lowered: fx.GraphModule, node: fx.Node, path: str, args: tuple[object, ...]) -> None:
     with lowered.graph.inserting_before(node):
         call = lowered.graph.call_module(path, args)  # type: ignore[arg-type]
     call.meta = dict(node.meta)

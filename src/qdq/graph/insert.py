@@ -11,6 +11,7 @@ from torch import fx
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..integer_operations import (
+    BlockRounding,
     IntegerAdd,
     IntegerConvolution,
     IntegerGlobalAverage,
@@ -21,6 +22,7 @@ from ..recipe import Recipe
 from .explanation import Explanation, explain_plan
 from .fold import attribute
 from .ops import (
+    WEIGHT_ONLY,
     Kind,
     bias_of,
     data_inputs,
@@ -32,7 +34,7 @@ from .ops import (
     rank_of,
     weight_position,
 )
-from .place import Plan, names_of, tail
+from .place import Plan, block_size_of, names_of, tail
 from .targets import Target, reduces_range
 
 
@@ -62,6 +64,13 @@ EXACT_FORMS: dict[Kind, type[IntegerOperation]] = {
     Kind.GLOBAL_AVERAGE: IntegerGlobalAverage,
 }
 
+# In the meta of a module that replaced an operation: the name of that node, by which recipes may speak of it.
+ORIGINAL_NAME = "qdq_original_name"
+
+
+# A parameter, its output-channel axis, and its block size or None.
+_WeightKey = tuple[str, int, "int | None"]
+
 
 class _Insertion:
     """Modules first, while the graph still is what the placement speaks of; then the edits."""
@@ -73,9 +82,9 @@ class _Insertion:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.sources = {tensor: self._source(tensor) for tensor in plan.tensors}
         self.activations: dict[fx.Node, str] = {}
-        self.weights: dict[tuple[str, int], str] = {}
+        self.weights: dict[_WeightKey, str] = {}
         self.biases: dict[fx.Node, str] = {}
-        self.kinds = {node: kind_of(node) for node in plan.operations}
+        self.kinds = {node: kind_of(node) for node in (*plan.operations, *plan.weighted)}
         self.tails = {node: tail(node) for node in plan.operations}
 
     def prepare(self) -> Explanation:
@@ -100,7 +109,7 @@ class _Insertion:
         return explain_plan(self.graph, self.plan, self.target.name, quantizers, parameters)
 
     def edit(self) -> None:
-        calls: dict[tuple[str, int], fx.Node] = {}
+        calls: dict[_WeightKey, fx.Node] = {}
         keys = {node: self._weight_key(node) for node in self.plan.weighted}
         positions = {node: weight_position(node)[0] for node in self.plan.weighted}  # type: ignore[index]
         readers = {t: [u for u in t.users if self._reads_codes(u, t)] for t in self.plan.tensors}
@@ -116,6 +125,7 @@ class _Insertion:
             node.update_arg(positions[node], calls[key])
         for node, name in self.biases.items():
             self._call_bias(node, name)
+        self._round_inputs(keys)
         if self.target.exact:
             for node in self.plan.operations:
                 self._call_exact(node)
@@ -145,9 +155,32 @@ class _Insertion:
         self.graph_module.add_submodule(name, form(node.target, inputs, output, constants))
         with self.graph.inserting_before(node):
             call = self.graph.call_module(name, node.args)
-        call.meta = dict(node.meta)
+        call.meta = {**node.meta, ORIGINAL_NAME: node.name}
         node.replace_all_uses_with(call)
         self.graph.erase_node(node)
+
+    def _round_inputs(self, keys: dict[fx.Node, _WeightKey]) -> None:
+        """Marks linears with float activations, and lets them read what their runtime's kernel makes of these."""
+        known: dict[tuple[fx.Node, int], fx.Node] = {}
+        modules = dict(self.graph_module.named_modules())
+        for node, key in keys.items():
+            source, weights = node.args[0], modules[self.weights[key]]
+            assert isinstance(source, fx.Node) and isinstance(weights, WeightQuantizer)
+            if node in self.plan.operations or self.kinds[node] not in (Kind.LINEAR, Kind.MATMUL):
+                continue
+            if attribute(self.graph_module, key[0]).dim() != 2:
+                continue
+            node.meta[WEIGHT_ONLY] = True
+            if self.target.rounds_inputs is None:
+                continue
+            block = weights.block_size or self.target.rounds_inputs
+            if (source, block) not in known:
+                name = self._free(".".join(p for p in (module_path(node), "rounded_input") if p))
+                self.graph_module.add_submodule(name, BlockRounding(weights, block))
+                with self.graph.inserting_before(node):
+                    known[source, block] = self.graph.call_module(name, (source,))
+                known[source, block].meta = dict(source.meta)
+            node.update_arg(0, known[source, block])
 
     def _call_activation(self, tensor: fx.Node, readers: list[fx.Node]) -> None:
         arguments: dict[str, Any] = {} if self.sources[tensor] else {"on_grid": True}
@@ -167,29 +200,43 @@ class _Insertion:
         call.meta = dict(bias.meta)
         node.update_arg(2, call)
 
-    def _weight_key(self, node: fx.Node) -> tuple[str, int]:
+    def _weight_key(self, node: fx.Node) -> _WeightKey:
         where = weight_position(node)
         assert where is not None
-        return str(node.args[where[0]].target), where[1]  # type: ignore[union-attr]
+        block = block_size_of(node, self.recipe.weights_for(*names_of(node), node=node.name))
+        return str(node.args[where[0]].target), where[1], block  # type: ignore[union-attr]
 
-    def _new_weight_quantizer(self, node: fx.Node, key: tuple[str, int]) -> str:
-        descriptor = self.recipe.for_name(*names_of(node), node=node.name).weights or self.recipe.weights
+    def _new_weight_quantizer(self, node: fx.Node, key: _WeightKey) -> str:
+        descriptor = self.recipe.weights_for(*names_of(node), node=node.name)
         bits = int(descriptor.num_bits)  # type: ignore[arg-type]
         # Depthwise kernels widen before they multiply: nothing saturates there. Of several readers of one weight one
         # is enough.
-        readers = [n for n in self.plan.weighted if n in self.plan.operations and self._weight_key(n) == key]
+        all_readers = [n for n in self.plan.weighted if self._weight_key(n) == key]
+        readers = [n for n in all_readers if n in self.plan.operations or self._may_become_integer(n)]
         reduced = self.reduce and any(not (self.target.pairs and is_depthwise(n)) for n in readers)
         if reduced and not self.target.pairs:
             bits = min(bits, 7)
         pairs_axis = key[1] if reduced and self.target.pairs and bits == 8 else None
         value = attribute(self.graph_module, key[0])
         name = self._free(f"{key[0]}_quantizer")
+        in_float = not readers and all(self.kinds[n] is not Kind.EMBEDDING for n in all_readers)
         quantizer = WeightQuantizer(
-            name, bits, None if descriptor.axis is None else key[1], value.shape[key[1]], pairs_axis
+            name,
+            bits,
+            None if descriptor.axis is None else key[1],
+            value.shape[key[1]],
+            pairs_axis,
+            block_size=key[2],
+            inputs=value.shape[1 - key[1]] if key[2] else 0,
+            stored_bits=4 if in_float and bits <= 4 and self.target.int4 else 8,
         )
         quantizer.fit(value, self.recipe.weight_calibration)
         self.graph_module.add_submodule(name, quantizer)
         return name
+
+    def _may_become_integer(self, node: fx.Node) -> bool:
+        """Whether a runtime may fuse a convolution that we see in float: others made its input codes."""
+        return self.kinds[node] is Kind.CONVOLUTION and any(n in self.plan.integer for n in data_inputs(node))
 
     def _has_integer_bias(self, node: fx.Node) -> bool:
         if kind_of(node) is Kind.CONVOLUTION:
@@ -215,8 +262,9 @@ class _Insertion:
     def _new_activation_quantizer(self, root: fx.Node) -> str:
         members = [t for t in self.plan.tensors if self.plan.root(t) is root and self.sources[t]]
         names = [name for t in [*members, root] for name in self._tensor_names(t)]
-        override = self.recipe.for_name(*names)
-        descriptor = override.activations or self.recipe.activations
+        nodes = tuple(t.name for t in (*members, root))
+        override = self.recipe.for_name(*names, node=nodes)
+        descriptor = self.recipe.activations_for(*names, node=nodes)
         lo, hi = self.target.activation_codes
         name = self._free(self._name_for(min(members, key=self.order.__getitem__, default=root)))
         quantizer = AffineQuantizer(
@@ -224,19 +272,18 @@ class _Insertion:
             lo,
             hi,
             symmetric=self.target.symmetric,
-            method=self._method(override.calibration or self.recipe.calibration, root),
+            method=override.calibration or self.recipe.calibration,
             percentile=float(self.recipe.percentile),
+            usual_method=self._usual_method(root),
         )
-        if isinstance(descriptor.amax, np.ndarray):
+        if descriptor is not None and isinstance(descriptor.amax, np.ndarray):
             amax = float(descriptor.amax.item())
             quantizer.set_range(0.0 if descriptor.unsigned else -amax, amax)
             quantizer.fixed = True
         self.graph_module.add_submodule(name, quantizer)
         return name
 
-    def _method(self, asked: str, root: fx.Node) -> str:
-        if asked != "auto":
-            return asked
+    def _usual_method(self, root: fx.Node) -> str:
         members = [t for t in self.plan.tensors if self.plan.root(t) is root]
         readers = [kind_of(u) for t in members for u in t.users if t in self.plan.operations.get(u, [])]
         from_float = all(t not in self.plan.integer and t.op != "placeholder" for t in members)

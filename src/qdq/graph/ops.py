@@ -132,6 +132,9 @@ _KINDS: dict[Any, Kind] = {
     **dict.fromkeys(_POINTWISE, Kind.POINTWISE),
 }
 
+# In the meta data of linears that multiply float activations by a quantized matrix.
+WEIGHT_ONLY = "qdq_weight_only"
+
 WEIGHTED = (Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION, Kind.LINEAR)
 
 

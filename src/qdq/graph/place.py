@@ -11,6 +11,7 @@ import dataclasses
 
 from torch import fx
 
+from ..descriptor import QuantDescriptor
 from ..errors import RecipeError
 from ..recipe import Recipe, matches
 from .ops import (
@@ -22,6 +23,7 @@ from .ops import (
     kind_of,
     module_path,
     operation_name,
+    rank_of,
     weight_position,
 )
 from .targets import Rule, Target
@@ -71,6 +73,14 @@ def names_of(node: fx.Node) -> tuple[str, ...]:
     parameters = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
     path = module_path(node)
     return (*([path] if path else []), *parameters)
+
+
+def block_size_of(node: fx.Node, descriptor: QuantDescriptor) -> int | None:
+    """The block size of an operation's weight: linears, and matrix products with a constant matrix, have blocks."""
+    where = weight_position(node)
+    if where is None or kind_of(node) not in (Kind.LINEAR, Kind.MATMUL):
+        return None
+    return descriptor.block_size if rank_of(node.args[where[0]]) == 2 else None  # type: ignore[arg-type]
 
 
 def tail(node: fx.Node) -> fx.Node:
@@ -152,7 +162,31 @@ class _Placement:
         if kind in (Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION, Kind.LINEAR, Kind.EMBEDDING) and not weighted:
             self.plan.floats[node] = "its weight is computed from data"
             return None
+        return self._weight_only(node, rule) if weighted else self._with_activations(node, rule)
+
+    def _with_activations(self, node: fx.Node, rule: Rule) -> Rule | None:
+        if self.recipe.activations_for(*names_of(node), node=node.name) is None:
+            self.plan.floats[node] = "the recipe keeps activations in float"
+            return None
         return rule
+
+    def _weight_only(self, node: fx.Node, rule: Rule) -> Rule:
+        """The rule, or one of role "weight" where the operation's activations stay in float."""
+        weights = self.recipe.weights_for(*names_of(node), node=node.name)
+        block = block_size_of(node, weights)
+        if self.recipe.activations_for(*names_of(node), node=node.name) is None:
+            why = "the recipe keeps activations in float"
+        elif block is not None:
+            why = "no integer kernel takes step sizes per block"
+        else:
+            return rule
+        if rule.role != "weight":
+            self.plan.floats[node] = f"computed in float from a quantized weight: {why}"
+        note = f"{weights.num_bits} bits" + (f", blocks of {block}" if block else "") + f", weight only: {why}"
+        rounded = block or self.target.rounds_inputs
+        if kind_of(node) in (Kind.LINEAR, Kind.MATMUL) and self.target.rounds_inputs is not None:
+            note += f"; {self.target.name} rounds what it reads to int8, in blocks of {rounded}"
+        return dataclasses.replace(rule, role="weight", output=False, shared=False, note=note)
 
     def _find_wanted(self) -> None:
         """Tensors that are demanded, themselves or behind operations that move their values."""

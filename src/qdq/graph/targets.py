@@ -52,6 +52,12 @@ class Target:
             VNNI, True or False.
         pairs: how range is reduced: only where two neighbouring codes would saturate (the order in which the runtime
             multiplies is known), or to 7 bits for all.
+        int4: weights of at most 4 bits, where they are computed with in float, are stored as INT4.
+        rounds_inputs: what linears with quantized weights and float activations read is rounded to int8 by the
+            runtime, in blocks of the weight's block size, or of this one where the weight has none; None where it is
+            not.
+        matmul_nbits: such linears are stored as MatMulNBits of com.microsoft (accuracy level 4 where inputs are
+            rounded, else 1), not as DequantizeLinear and MatMul.
         reference: documentation that the table was read from.
     """
 
@@ -66,6 +72,9 @@ class Target:
     reference: str
     pairs: bool = False
     exact: bool = False
+    int4: bool = True
+    rounds_inputs: int | None = None
+    matmul_nbits: bool = False
     opset: int = 21
 
     def rule(self, kind: Kind) -> Rule | None:
@@ -81,7 +90,16 @@ class Target:
 _EMBEDDING = Rule(Kind.EMBEDDING, "weight", "rows are gathered as int8 and scaled by their row's step size")
 
 # The QDQ fusions of ONNX Runtime's CPU provider: a DequantizeLinear -> op -> QuantizeLinear group becomes one
-# integer kernel.
+# integer kernel. DequantizeLinear -> MatMul becomes MatMulNBits at accuracy level 4 (in 1.32), if nothing else reads
+# the two constants and the input is float; else the weight is dequantized in every run. So linears are stored as
+# MatMulNBits. Weight only, one core of an x86 without VNNI, in microseconds (1 row; 32 rows):
+#
+#     K x N         float       4 bits, blocks of 32   blocks of 128   8 bits, 32   not fused     level 1, 4 bits, 32
+#     384 x 1536    63; 454     35; 487                33; 451         38; 705      663; 1214     115; 603
+#     1024 x 4096   715; 4028   174; 3340              167; 2950       218; 5054    9269; 17791   820; 4532
+#
+# DequantizeLinear that is fused is as fast as MatMulNBits, and per channel as fast as blocks of 32. At 8 bits level 1
+# takes 978 and 22856 microseconds for one row.
 ONNXRUNTIME = Target(
     name="onnxruntime",
     unsigned=True,
@@ -104,6 +122,8 @@ ONNXRUNTIME = Target(
     reduce_range="auto",
     pairs=True,
     exact=True,
+    rounds_inputs=32,
+    matmul_nbits=True,
     reference="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and "
     "https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
 )

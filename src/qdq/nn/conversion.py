@@ -124,6 +124,8 @@ def quantize_modules(model: M, recipe: Recipe | None = None) -> M:
     _check_model(model)
     if recipe is not None and not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
+    if recipe is not None:
+        recipe.check_modules()
     changes, left = _plan(model, recipe)
     done: list[nn.Module] = []
     try:
@@ -209,10 +211,10 @@ def _plan(model: nn.Module, recipe: Recipe | None) -> tuple[list[_Change], list[
             continue
         weights = activations = None
         if recipe is not None:
-            override = recipe.for_name(*names, *(name for path in names for name in _parameters(module, path)))
-            if not override.quantize:
+            known = (*names, *(name for path in names for name in _parameters(module, path)))
+            if not recipe.for_name(*known).quantize:
                 continue
-            weights, activations = override.weights or recipe.weights, override.activations or recipe.activations
+            weights, activations = recipe.weights_for(*known), recipe.activations_for(*known)
         quantized = QUANTIZED_CLASSES.get(type(module))
         why = _about_subclass(module, names[0]) if quantized is None else _unsupported(module)
         if quantized is None or why:
