@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ExportError, need
 from ..graph.targets import ONNXRUNTIME, TARGETS, Target
 from ..quiet import pytorch_internals
+from .constants import store_int4
 
 logger = logging.getLogger("qdq.export")
 
@@ -48,6 +49,7 @@ def write_onnx(
     path = Path(path)
     check_writable(path)
     program = _exported(graph_module, input_names, output_names, opset)
+    store_int4(program.model)
     _drop_traces(program)
     program.model.metadata_props.update(metadata or {})
     size = sum(t.numel() * t.element_size() for t in [*graph_module.parameters(), *graph_module.buffers()])
