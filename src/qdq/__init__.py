@@ -3,6 +3,7 @@
 from . import calib, functional, nn
 from .analysis.fidelity import Fidelity
 from .analysis.latency import Speed
+from .analysis.sensitivity import Sensitivity
 from .api import benchmark, explain, export_onnx, quantize, verify
 from .descriptor import QuantDescriptor
 from .errors import (
@@ -16,9 +17,13 @@ from .errors import (
 )
 from .graph.explanation import Explanation
 from .graph.targets import Target
+from .layer_sensitivity import sensitivity
 from .module_calibration import calibrating
+from .module_improvement import improve_modules
 from .quantizer import TensorQuantizer
 from .recipe import Override, Recipe
+from .recovery import recover
+from .recovery_result import Recovery
 
 __version__ = "0.1.0"
 
@@ -34,7 +39,9 @@ __all__ = [
     "QuantDescriptor",
     "Recipe",
     "RecipeError",
+    "Recovery",
     "RuntimeMissingError",
+    "Sensitivity",
     "Speed",
     "Target",
     "TensorQuantizer",
@@ -44,7 +51,10 @@ __all__ = [
     "explain",
     "export_onnx",
     "functional",
+    "improve_modules",
     "nn",
     "quantize",
+    "recover",
+    "sensitivity",
     "verify",
 ]

@@ -119,8 +119,9 @@ def test_one_sample_is_enough_to_capture_a_dynamic_batch() -> None:
 
 NAMES = {
     "CalibrationError", "CaptureError", "DataError", "Explanation", "ExportError", "Fidelity", "Override", "QdqError",
-    "QuantDescriptor", "Recipe", "RecipeError", "RuntimeMissingError", "Speed", "Target", "TensorQuantizer",
-    "benchmark", "calib", "calibrating", "explain", "export_onnx", "functional", "nn", "quantize", "verify",
+    "QuantDescriptor", "Recipe", "RecipeError", "Recovery", "RuntimeMissingError", "Sensitivity", "Speed", "Target",
+    "TensorQuantizer", "benchmark", "calib", "calibrating", "explain", "export_onnx", "functional", "improve_modules",
+    "nn", "quantize", "recover", "sensitivity", "verify",
 }  # fmt: skip
 
 

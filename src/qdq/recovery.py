@@ -1,0 +1,385 @@
+"""`qdq.recover`: tries recipe after recipe until the user's metric is near enough to that of the float model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import numbers
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import api
+from .algorithms.registry import algorithms_of
+from .calib.statistics import Statistics, count_samples
+from .errors import DataError, QdqError, RecipeError
+from .graph.example import eval_copy
+from .graph.record import KEY, record_of
+from .graph.targets import Target, find_target
+from .layer_sensitivity import sensitivity
+from .recipe import Recipe
+from .recovery_files import DeployedFiles
+from .recovery_journal import (
+    Journal,
+    fingerprint,
+    read_journal,
+    restore_statistics,
+    store_statistics,
+    write_journal,
+)
+from .recovery_ladder import FULL_BITS, climb, same_recipe
+from .recovery_result import Recovery, Rung, pareto_front
+from .stand_in import StandIn
+
+logger = logging.getLogger("qdq.recovery")
+
+Evaluate = Callable[[nn.Module], float]
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+# Samples that layers are compared on.
+_SAMPLES = 32
+
+
+def recover(
+    model: nn.Module,
+    batches: Any,
+    evaluate: Evaluate,
+    target: float = 0.99,
+    budget: float | str = "10min",
+    *,
+    deploy_target: str | Target = "onnxruntime",
+    recipe: Recipe | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    inputs_of: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> Recovery:
+    """Quantizes a model in better and better ways until it keeps a share of its accuracy, or the budget is spent.
+
+    The recipe given comes first. Then one thing after another is changed: calibration and bias correction,
+    equalization, SmoothQuant, weights per channel, AdaRound, 8 bits for weights of fewer, the worst layers with float
+    activations and in float altogether, fine-tuning. What raises the metric is kept, and what comes next builds on it.
+    All recipes are quantized from the statistics of one pass over the data. Each is evaluated in its simulation,
+    exported for its size, and timed in turn with the float model.
+
+    Args:
+        model: float32; it is not changed.
+        batches: calibration data, or `Statistics`, as for `qdq.quantize`.
+        evaluate: takes a model, called as the user's own is, and gives a number: the larger the better, and above 0
+            for the float model. The same model must always give the same number.
+        target: the share of the float model's metric that is to be reached, above 0 and at most 1.
+        budget: seconds, or text such as "90s", "10min", "1h". It is looked at before each rung but the first, so the
+            call may take longer by its last rung.
+        deploy_target: the runtime, as `target` of `qdq.quantize`.
+        recipe: to begin with; None is `Recipe()`.
+        journal: path of a JSON file that is written after every rung. The statistics are kept beside it. A later call
+            with the same model, recipe, targets and metric goes on from it, with a budget of its own; `batches` are
+            then not looked at.
+        inputs_of, progress: as for `qdq.quantize`.
+
+    Returns:
+        The best model, whether or not the target was reached, its recipe, and all that was measured.
+
+    Raises:
+        QdqError: a wrong argument, or a metric of the float model that is no number above 0.
+        RecipeError: a budget that is no time, or a recipe that does not fit the model.
+        DataError: data that do not fit the model; a journal that is damaged or that other arguments made.
+        CaptureError, CalibrationError, ExportError: of the recipe given. A later rung that fails is recorded as failed.
+    """
+    start = time.monotonic()
+    seconds = _seconds(budget)
+    share = _check_target(target)
+    if not isinstance(model, nn.Module):
+        raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if KEY in getattr(model, "meta", {}):
+        raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")
+    if not callable(evaluate):
+        raise QdqError(f"evaluate must be a callable that takes a model, not {type(evaluate).__name__}")
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
+    recipe.check_deployable()
+    algorithms_of(recipe.algorithms)
+    path = None if journal is None else _check_path(journal)
+    where = find_target(deploy_target)
+
+    known = read_journal(path) if path is not None and path.exists() else None
+    asked: dict[str, Any] = {
+        "model": fingerprint(model),
+        "recipe": recipe,
+        "deploy_target": where.name,
+        "target": share,
+    }
+    if known is not None and path is not None:
+        known.check(path, asked)
+        known.check(path, {"baseline": _baseline(evaluate, model)})
+        statistics = restore_statistics(path, known)
+    else:
+        collected = _collect(model, batches, where, recipe, inputs_of, progress)
+        statistics = record_of(collected).statistics
+        assert statistics is not None
+        begin = _without_tuning(model, statistics, where, recipe, progress)
+        known = Journal(**asked, start=begin, baseline=_baseline(evaluate, model), norms=_has_norms(collected))
+        if path is not None:
+            _check_json(recipe)
+            known.statistics = store_statistics(path, statistics)
+            write_journal(path, known)
+    with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
+        work = _Work(model, evaluate, where, statistics, known, path, Path(folder), progress)
+        return work.run(start + seconds)
+
+
+class _Work:
+    """One climb, with the journal of what is done."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluate: Evaluate,
+        target: Target,
+        statistics: Statistics,
+        journal: Journal,
+        path: Path | None,
+        folder: Path,
+        progress: bool,
+    ) -> None:
+        self.model, self.evaluate, self.target = model, evaluate, target
+        self.statistics, self.journal, self.path = statistics, journal, path
+        self.progress = progress
+        self.files = DeployedFiles(model, statistics, target, folder)
+        self.goal = journal.target * journal.baseline
+        self.done: list[Rung] = []
+        self.best: Rung | None = None
+        # The best rung's; None where the rung is from the journal, and nobody asked for the model yet.
+        self._best_model: fx.GraphModule | None = None
+
+    def run(self, deadline: float) -> Recovery:
+        """Climbs until the goal is reached, the time is past or there is nothing left to try."""
+        before = list(self.journal.rungs)
+        rungs = climb(self.journal.start, lambda: self._best().recipe, self._worst, self.journal.norms)
+        while not self._reached():
+            if len(self.done) >= max(len(before), 1) and time.monotonic() >= deadline:
+                logger.info("the budget is spent")
+                break
+            tried = next(rungs, None)
+            if tried is None:
+                break
+            index = len(self.done)
+            if index < len(before):
+                self._replay(before[index], *tried)
+            else:
+                self._try(*tried)
+        if len(self.done) < len(before):
+            raise DataError(
+                f"the journal {str(self.path)!r} holds more rungs than this qdq tries: it is of another "
+                "version, or damaged; remove the file to begin anew"
+            )
+        best = self._best()
+        assert best.metric is not None
+        return Recovery(
+            model=self._model(),
+            recipe=best.recipe,
+            reached=self._reached(),
+            baseline=self.journal.baseline,
+            goal=self.goal,
+            metric=best.metric,
+            rungs=tuple(self.done),
+            front=pareto_front(self.done),
+            float_size=self.journal.float_size,
+        )
+
+    def _reached(self) -> bool:
+        return self.best is not None and self.best.metric is not None and self.best.metric >= self.goal
+
+    def _best(self) -> Rung:
+        assert self.best is not None
+        return self.best
+
+    def _model(self) -> fx.GraphModule:
+        if self._best_model is None:
+            self._best_model = self._quantize(self._best().recipe)
+        return self._best_model
+
+    def _quantize(self, recipe: Recipe) -> fx.GraphModule:
+        return api.quantize(self.model, self.statistics, self.target, recipe, progress=self.progress)
+
+    def _replay(self, rung: Rung, name: str, recipe: Recipe) -> None:
+        if rung.name != name or not same_recipe(rung.recipe, recipe):
+            raise DataError(
+                f"rung {len(self.done)} of the journal {str(self.path)!r} is {rung.name!r}, where this qdq tries "
+                f"{name!r} with its own recipe: it is of another version, or damaged; remove the file to begin anew"
+            )
+        self._note(dataclasses.replace(rung, recipe=recipe), None)
+
+    def _try(self, name: str, recipe: Recipe) -> None:
+        logger.info("%s ...", name)
+        begun = time.monotonic()
+        rung, made = Rung(name, recipe), None
+        try:
+            made = self._quantize(recipe)
+            quantized = time.monotonic()
+            metric = _metric_of(self.evaluate, _Called(made), f"the rung {name!r}")
+            if not math.isfinite(metric):
+                raise QdqError(f"evaluate returned {metric}")
+            evaluated = time.monotonic()
+            size, ratio = self.files.measure(made)
+            logger.info(
+                "%s: quantized in %.1f s, evaluated in %.1f s, exported and timed in %.1f s",
+                name,
+                quantized - begun,
+                evaluated - quantized,
+                time.monotonic() - evaluated,
+            )
+            self.journal.float_size = self.files.float_size
+            rung = dataclasses.replace(rung, metric=metric, size=size, latency_ratio=ratio)
+        except QdqError as error:
+            if not self.done:
+                raise
+            rung = dataclasses.replace(rung, error=f"{type(error).__name__}: {error}")
+        rung = dataclasses.replace(rung, seconds=time.monotonic() - begun)
+        logger.info("%s", _told(rung, self.goal))
+        self._note(rung, made)
+        self.journal.rungs.append(rung)
+        self._write()
+
+    def _note(self, rung: Rung, made: fx.GraphModule | None) -> None:
+        self.done.append(rung)
+        if rung.metric is not None and (self.best is None or rung.metric > (self.best.metric or 0.0)):
+            self.best, self._best_model = rung, made
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write_journal(self.path, self.journal)
+
+    def _worst(self, change: str) -> list[list[str]]:
+        """The layers by the error that each causes alone in the float model, in the best model's bits."""
+        if change not in self.journal.orders:
+            self.journal.orders[change] = self._order(change)
+            self._write()
+        return self.journal.orders[change]
+
+    def _order(self, change: str) -> list[list[str]]:
+        samples = self.statistics.samples
+        count = 1
+        while count < len(samples) and count_samples(samples[:count]) < _SAMPLES:
+            count += 1
+        try:
+            part = Statistics({}, samples[:count])
+            found = sensitivity(self._model(), part, kinds=["layer"], progress=self.progress)
+        except QdqError as error:
+            logger.warning("which layers are the worst is not known, so none is changed alone: %s", error)
+            return []
+        return [list(e.patterns) for e in found if change == "float" or e.bits < FULL_BITS]
+
+
+class _Called(StandIn):
+    """What `evaluate` is given: called as the user's model is, it stays as it is whatever is done to it."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        self.contract = record_of(model).contract
+        super().__init__(model, self.contract.signature)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.contract.check(*self.bind(args, kwargs))
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+
+def _collect(
+    model: nn.Module,
+    batches: Any,
+    target: Target,
+    recipe: Recipe,
+    inputs_of: Callable[[Any], Any] | None,
+    progress: bool,
+) -> fx.GraphModule:
+    """The model with all quantizers that any rung may have, for their statistics."""
+    widest = dataclasses.replace(recipe, algorithms={}, calibration="max", overrides={}, exclude=(), tune=None)
+    return api.quantize(model, batches, target, widest, progress=progress, inputs_of=inputs_of)
+
+
+def _without_tuning(model: nn.Module, statistics: Statistics, target: Target, recipe: Recipe, progress: bool) -> Recipe:
+    """The recipe with what `tune` left in float: timings differ from call to call, and recipes must not."""
+    if recipe.tune is None:
+        return recipe
+    ranges_alone = dataclasses.replace(recipe, algorithms={}, calibration="max")
+    tuned = record_of(api.quantize(model, statistics, target, ranges_alone, progress=progress)).recipe
+    assert tuned is not None
+    return dataclasses.replace(recipe, exclude=tuned.exclude, tune=None)
+
+
+def _has_norms(graph_module: fx.GraphModule) -> bool:
+    """Whether there are layer norms, whose large channels SmoothQuant is for."""
+    return any("layer_norm" in str(n.target) or "rms_norm" in str(n.target) for n in graph_module.graph.nodes)
+
+
+def _metric_of(evaluate: Evaluate, model: nn.Module, what: str) -> float:
+    value: Any = evaluate(model)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise QdqError(f"evaluate must return a number, larger for a better model; for {what} it returned {value!r}")
+    return float(value)
+
+
+def _baseline(evaluate: Evaluate, model: nn.Module) -> float:
+    value = _metric_of(evaluate, eval_copy(model), "the float model")
+    if not math.isfinite(value) or value <= 0:
+        raise QdqError(
+            f"evaluate returned {value} for the float model: a share of it can be asked for where it is above 0; give "
+            "a metric that is, such as 1 / loss"
+        )
+    return value
+
+
+def _seconds(budget: Any) -> float:
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h)\s*", budget)
+        if found:
+            return float(found[1]) * _UNITS[found[2]]
+    elif isinstance(budget, numbers.Real) and not isinstance(budget, bool) and float(budget) >= 0:
+        return float(budget)
+    raise RecipeError(f'budget must be seconds or text such as "90s", "10min" or "1h", not {budget!r}')
+
+
+def _check_target(target: Any) -> float:
+    if isinstance(target, bool) or not isinstance(target, numbers.Real) or not 0 < float(target) <= 1:
+        raise QdqError(
+            f"target must be a share of the float model's metric, above 0 and at most 1, not {target!r}; the runtime "
+            "is deploy_target"
+        )
+    return float(target)
+
+
+def _check_path(journal: Any) -> Path:
+    if not isinstance(journal, (str, os.PathLike)):
+        raise QdqError(f"journal must be a path, not {type(journal).__name__}")
+    path = Path(journal)
+    if path.is_dir():
+        raise DataError(f"the journal {str(path)!r} is a folder: give the path of a file")
+    if not path.parent.is_dir():
+        raise DataError(f"the folder of the journal {str(path)!r} does not exist")
+    return path
+
+
+def _check_json(recipe: Recipe) -> None:
+    try:
+        json.dumps(recipe.to_dict())
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe holds a value that a journal cannot: {error}") from error
+
+
+def _told(rung: Rung, goal: float) -> str:
+    if rung.metric is None:
+        return f"{rung.name}: failed after {rung.seconds:.1f} s: {rung.error}"
+    size = "" if rung.size is None else f", {rung.size / 1024:.1f} KiB"
+    latency = "" if rung.latency_ratio is None else f", latency {rung.latency_ratio:.2f}x that of float"
+    return f"{rung.name}: metric {rung.metric:.6g} (goal {goal:.6g}){size}{latency}, {rung.seconds:.1f} s"

@@ -1,0 +1,229 @@
+"""The journal of `qdq.recover`: what was measured so far, in a JSON file, with the statistics beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .atomic_file import replaced_at_once
+from .calib.statistics import Statistics
+from .calib.storage import load, save
+from .errors import DataError, RecipeError
+from .recipe import Recipe
+from .recovery_ladder import same_recipe
+from .recovery_result import Rung
+
+FORMAT, VERSION = "qdq.recovery", 1
+# The metric of the float model may differ by as much from call to call: sums in another order.
+_TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass
+class Journal:
+    """All that a later call needs to go on.
+
+    Attributes:
+        model: fingerprint of the float model.
+        recipe: as given.
+        start: the first rung's: the same, with what `tune` left in float.
+        deploy_target: name of the target.
+        target: the share of the float model's metric that is asked for.
+        baseline: the metric of the float model.
+        norms: whether the model has layer norms and linears.
+        float_size: bytes of the float model's file.
+        orders: what was changed -> patterns of the layers, the worst first.
+        rungs: evaluated.
+        statistics: SHA-256 of the file of statistics.
+    """
+
+    model: str
+    recipe: Recipe
+    start: Recipe
+    deploy_target: str
+    target: float
+    baseline: float
+    norms: bool
+    float_size: int | None = None
+    orders: dict[str, list[list[str]]] = dataclasses.field(default_factory=dict)
+    rungs: list[Rung] = dataclasses.field(default_factory=list)
+    statistics: str = ""
+
+    def check(self, path: Path, wanted: dict[str, Any]) -> None:
+        """Compares what the journal was made for with what is asked for now, by the names of its attributes.
+
+        Raises:
+            DataError: they differ; the first difference is named.
+        """
+        for name, value in wanted.items():
+            known = getattr(self, name)
+            if name == "recipe":
+                same = same_recipe(known, value)
+            elif name == "baseline":
+                same = math.isclose(known, value, rel_tol=_TOLERANCE)
+            else:
+                same = known == value
+            if not same:
+                told = f": {known} in the journal, now {value}" if isinstance(value, (float, str)) else ""
+                what = {
+                    "model": "another float model (its parameters differ)",
+                    "baseline": f"another metric of the float model{told}",
+                    "recipe": "another recipe",
+                    "target": f"another target{told}",
+                    "deploy_target": f"another deploy_target{told}",
+                }[name]
+                raise DataError(
+                    f"the journal {str(path)!r} is of {what}: give another path, or remove the file to begin anew"
+                )
+
+
+def statistics_path(path: Path) -> Path:
+    """Where the statistics lie that belong to a journal."""
+    return path.with_name(f"{path.stem}.statistics.safetensors")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of a model's parameters and buffers."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def store_statistics(path: Path, statistics: Statistics) -> str:
+    """Saves the statistics beside the journal, and gives the SHA-256 of the file.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    return _digest(save(statistics, statistics_path(path)))
+
+
+def restore_statistics(path: Path, journal: Journal) -> Statistics:
+    """The statistics that belong to a journal.
+
+    Raises:
+        DataError: their file is missing, is damaged, or is that of another run.
+    """
+    beside = statistics_path(path)
+    statistics = load(beside)
+    if _digest(beside) != journal.statistics:
+        raise DataError(f"{str(beside)!r} is not the file that the journal {str(path)!r} was made with; remove both")
+    return statistics
+
+
+def write_journal(path: Path, journal: Journal) -> None:
+    """Writes the journal; the file is put in place at once.
+
+    Raises:
+        DataError: the path cannot be written.
+    """
+    fields = {f.name: getattr(journal, f.name) for f in dataclasses.fields(journal)}
+    fields |= {name: getattr(journal, name).to_dict() for name in ("recipe", "start")}
+    fields |= {"rungs": [rung.to_dict() for rung in journal.rungs]}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **fields}, indent=1)
+    try:
+        with replaced_at_once(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the journal {str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def read_journal(path: Path) -> Journal:
+    """Reads what `write_journal` wrote.
+
+    Raises:
+        DataError: it cannot be read, is damaged, is no journal, or is of a version that is not known here.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"the journal {str(path)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the journal {str(path)!r} is damaged: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise DataError(f"{str(path)!r} is no journal of qdq.recover")
+    if data.get("version") != VERSION:
+        raise DataError(
+            f"the journal {str(path)!r} has version {data.get('version')!r}, which is not known here; this qdq reads "
+            f"version {VERSION}"
+        )
+    try:
+        return _journal(data)
+    except KeyError as error:
+        raise DataError(f"the journal {str(path)!r} is damaged: it lacks {error}") from error
+    except (_Damaged, RecipeError) as error:
+        raise DataError(f"the journal {str(path)!r} is damaged: {error}") from error
+
+
+class _Damaged(Exception):
+    """Says what is wrong."""
+
+
+def _journal(data: dict[str, Any]) -> Journal:
+    texts = {key: _kept(data, key, str) for key in ("model", "deploy_target", "statistics")}
+    orders = _kept(data, "orders", dict)
+    for order in orders.values():
+        lists = isinstance(order, list) and all(isinstance(patterns, list) for patterns in order)
+        if not lists or not all(isinstance(p, str) for patterns in order for p in patterns):
+            raise _Damaged("'orders' holds other than lists of patterns")
+    return Journal(
+        **texts,
+        recipe=Recipe.from_dict(_kept(data, "recipe", dict)),
+        start=Recipe.from_dict(_kept(data, "start", dict)),
+        target=_number(data, "target"),
+        baseline=_number(data, "baseline"),
+        norms=_kept(data, "norms", bool),
+        float_size=_kept(data, "float_size", int, optional=True),
+        orders=orders,
+        rungs=[_rung(rung) for rung in _kept(data, "rungs", list)],
+    )
+
+
+def _rung(data: Any) -> Rung:
+    if not isinstance(data, dict):
+        raise _Damaged("a rung is no object")
+    error = _kept(data, "error", str, optional=True)
+    metric = None if data["metric"] is None else _number(data, "metric")
+    if (metric is None) == (error is None):
+        raise _Damaged("a rung has neither a metric nor an error, or both")
+    return Rung(
+        name=_kept(data, "name", str),
+        recipe=Recipe.from_dict(_kept(data, "recipe", dict)),
+        metric=metric,
+        size=_kept(data, "size", int, optional=True),
+        latency_ratio=None if data["latency_ratio"] is None else _number(data, "latency_ratio"),
+        seconds=_number(data, "seconds"),
+        error=error,
+    )
+
+
+def _kept(data: dict[str, Any], key: str, kind: type, optional: bool = False) -> Any:
+    value = data[key]
+    if type(value) is not kind and not (optional and value is None):
+        raise _Damaged(f"{key!r} is {value!r}")
+    return value
+
+
+def _number(data: dict[str, Any], key: str) -> float:
+    value = data[key]
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise _Damaged(f"{key!r} is {value!r}")
+    return float(value)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

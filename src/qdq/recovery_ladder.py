@@ -1,0 +1,152 @@
+"""The ladder of `qdq.recover`: the recipes that are tried, each built on the best one so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .algorithms.registry import ALGORITHMS
+from .descriptor import QuantDescriptor
+from .recipe import Recipe
+
+# What changes the float weights comes before what rounds them, then the correction of biases, then training.
+_ORDER = (
+    "equalization",
+    "smoothquant",
+    "awq",
+    "weight_clipping",
+    "gptq",
+    "adaround",
+    "block_reconstruction",
+    "bias_correction",
+    "fine_tuning",
+)
+# Each sets the codes of a layer by itself.
+_ROUNDINGS = ("gptq", "adaround", "block_reconstruction")
+FULL_BITS = 8
+
+# The names of a layer's weight, from the layer that costs most on.
+Order = Sequence[Sequence[str]]
+
+
+def climb(
+    start: Recipe, best: Callable[[], Recipe], worst: Callable[[str], Order], norms: bool
+) -> Iterator[tuple[str, Recipe]]:
+    """The rungs, name and recipe, none twice. Each is made when it is asked for, from the best recipe by then.
+
+    Args:
+        start: the user's recipe, the first rung.
+        best: the best recipe so far.
+        worst: takes "8 bits" or "float" and gives patterns of the layers that could be changed so, the worst first.
+        norms: whether the model has layer norms and linears.
+    """
+    tried = [start]
+    yield "as given", start
+    for name, recipe in _rungs(best, worst, norms):
+        if not any(same_recipe(recipe, other) for other in tried):
+            tried.append(recipe)
+            yield name, recipe
+
+
+def same_recipe(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are written alike; the order of algorithms and overrides counts."""
+    return json.dumps(one.to_dict(), default=repr) == json.dumps(other.to_dict(), default=repr)
+
+
+def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order], norms: bool) -> Iterator[tuple[str, Recipe]]:
+    yield "calibration auto, bias correction", _add(dataclasses.replace(best(), calibration="auto"), "bias_correction")
+    yield "equalization", _add(best(), "equalization")
+    if norms:
+        yield "SmoothQuant", _add(best(), "smoothquant")
+    yield "per-channel weights", _weights(best(), _per_channel)
+    if _has_few_bits(best()):
+        yield "weight ranges of least squared error", dataclasses.replace(best(), weight_calibration="mse")
+    yield "AdaRound", _add(best(), "adaround")
+    if _has_few_bits(best()):
+        base, order = best(), worst("8 bits")
+        for count in _doubling(len(order)):
+            yield f"8-bit weights of the {_layers(count)}", _with(base, _first(order, count), weights=_full_bits)
+        yield "8-bit weights", _weights(best(), _full_bits)
+    base, order = best(), worst("float")
+    for count in _doubling(len(order)):
+        names = _first(order, count)
+        yield f"activations of the {_layers(count)} in float", _with(base, names, activations="float")
+        yield f"{_layers(count)} in float", dataclasses.replace(base, exclude=(*base.exclude, *names))
+    yield "fine-tuning", _add(best(), "fine_tuning")
+
+
+def _doubling(most: int) -> Iterator[int]:
+    """1, 2, 4 ... below `most`: all layers at once are not among them."""
+    count = 1
+    while count < most:
+        yield count
+        count *= 2
+
+
+def _layers(count: int) -> str:
+    return "worst layer" if count == 1 else f"{count} worst layers"
+
+
+def _first(order: Order, count: int) -> list[str]:
+    return list(dict.fromkeys(pattern for patterns in order[:count] for pattern in patterns))
+
+
+def _add(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with one more algorithm at its place; the recipe itself where it has it, or qdq has not."""
+    known = recipe.algorithms
+    assert isinstance(known, Mapping)
+    if name in known or name not in ALGORITHMS:
+        return recipe
+    if name in _ROUNDINGS:
+        known = {other: options for other, options in known.items() if other not in _ROUNDINGS}
+    later = [other for other in known if other in _ORDER and _ORDER.index(other) > _ORDER.index(name)]
+    position = list(known).index(later[0]) if later else len(known)
+    items: list[tuple[str, Mapping[str, Any]]] = list(known.items())
+    return dataclasses.replace(recipe, algorithms=dict([*items[:position], (name, {}), *items[position:]]))
+
+
+def _weights(recipe: Recipe, change: Callable[[QuantDescriptor], QuantDescriptor]) -> Recipe:
+    """The recipe with all its descriptors of weights changed."""
+    overrides = {
+        pattern: dataclasses.replace(override, weights=change(override.weights)) if override.weights else override
+        for pattern, override in recipe.overrides.items()
+    }
+    return dataclasses.replace(recipe, weights=change(recipe.weights), overrides=overrides)
+
+
+def _with(
+    recipe: Recipe,
+    names: Sequence[str],
+    weights: Callable[[QuantDescriptor], QuantDescriptor] | None = None,
+    activations: str | None = None,
+) -> Recipe:
+    """The recipe with an override for each name, of the weight's descriptor or of the activations."""
+    overrides = dict(recipe.overrides)
+    for name in names:
+        override = recipe.for_name(name)
+        if weights is not None:
+            override = dataclasses.replace(override, weights=weights(recipe.weights_for(name)))
+        if activations is not None:
+            override = dataclasses.replace(override, activations=activations)
+        # All that holds for the layer, and last, so that it wins over the patterns before it.
+        overrides.pop(name, None)
+        overrides[name] = override
+    return dataclasses.replace(recipe, overrides=overrides)
+
+
+def _has_few_bits(recipe: Recipe) -> bool:
+    return recipe != _weights(recipe, _full_bits)
+
+
+def _full_bits(weights: QuantDescriptor) -> QuantDescriptor:
+    return _changed(weights, num_bits=FULL_BITS)
+
+
+def _per_channel(weights: QuantDescriptor) -> QuantDescriptor:
+    return _changed(weights, axis=0) if weights.axis is None else weights
+
+
+def _changed(descriptor: QuantDescriptor, **changes: Any) -> QuantDescriptor:
+    return QuantDescriptor(**{**descriptor.dict(), **changes})

@@ -1,0 +1,154 @@
+"""The journal of `qdq.recover`: what it refuses, and that no interrupt damages it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qdq
+
+RECIPE = qdq.Recipe(calibration="max", algorithms=[])
+
+
+def net(factor: float = 1.0) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.linspace(-1, factor, parameter.numel()).sin().reshape(parameter.shape) + index / 9)
+    return model.eval()
+
+
+def recover(journal: Path, *, model: nn.Module | None = None, value: float = 1.0, **options: Any) -> qdq.Recovery:
+    """One rung: the metric is a number by itself."""
+    options = {"target": 0.99, "recipe": RECIPE, **options}
+    data = [torch.linspace(-1, 1, 32).reshape(8, 4)]
+    return qdq.recover(
+        net() if model is None else model, data, lambda m: value, journal=journal, progress=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("journal") / "j.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)  # without files it is quick
+        assert recover(path).reached
+    return path
+
+
+@pytest.fixture
+def journal(made: Path, tmp_path: Path) -> Path:
+    for file in made.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    return tmp_path / made.name
+
+
+def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> None:
+    data = json.loads(journal.read_text())
+    assert data["format"] == "qdq.recovery" and data["version"] == 1
+    assert qdq.Recipe.from_dict(data["rungs"][0]["recipe"]) == qdq.Recipe.from_dict(data["start"]) == RECIPE
+    assert sorted(p.name for p in journal.parent.iterdir()) == ["j.json", "j.statistics.safetensors"]
+    assert qdq.calib.load(journal.with_name("j.statistics.safetensors")).samples
+    assert recover(journal).rungs[0].metric == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": net(0.5)}, r"is of another float model \(its parameters differ\): give another path, or remove"),
+        ({"value": 2.0}, "is of another metric of the float model: 1.0 in the journal, now 2.0"),
+        ({"recipe": qdq.Recipe()}, "is of another recipe"),
+        ({"target": 0.5}, "is of another target: 0.99 in the journal, now 0.5"),
+        ({"deploy_target": "tensorrt"}, "is of another deploy_target: onnxruntime in the journal, now tensorrt"),
+    ],
+)
+def test_it_is_for_the_same_arguments(journal: Path, options: dict[str, Any], message: str) -> None:
+    before = journal.read_bytes()
+    with pytest.raises(qdq.DataError, match=message):
+        recover(journal, **options)
+    assert journal.read_bytes() == before
+
+
+def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data.update(fields)
+
+
+def in_rung(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data["rungs"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed(format="x"), "is no journal of qdq.recover"),
+        (changed(version=7), "has version 7, which is not known here; this qdq reads version 1"),
+        (lambda data: data.pop("baseline"), "is damaged: it lacks 'baseline'"),
+        (lambda data: data["rungs"][0].pop("metric"), "is damaged: it lacks 'metric'"),
+        (changed(target="much"), "is damaged: 'target' is 'much'"),
+        (changed(baseline=float("nan")), "is damaged: 'baseline' is nan"),
+        (changed(model=3), "is damaged: 'model' is 3"),
+        (changed(norms=1), "is damaged: 'norms' is 1"),
+        (changed(orders={"float": ["a"]}), "is damaged: 'orders' holds other than lists of patterns"),
+        (changed(orders={"float": [[3]]}), "is damaged: 'orders' holds other than lists of patterns"),
+        (changed(recipe={"colour": "red"}), "is damaged: .*'colour'"),
+        (changed(start=[]), r"is damaged: 'start' is \[\]"),
+        (changed(rungs=[3]), "is damaged: a rung is no object"),
+        (in_rung(metric=None), "is damaged: a rung has neither a metric nor an error, or both"),
+        (in_rung(error="E"), "is damaged: a rung has neither a metric nor an error, or both"),
+        (in_rung(name="first"), "rung 0 of the journal .* is 'first', where this qdq tries 'as given'"),
+        (in_rung(recipe={"version": 1}), "with its own recipe: it is of another version, or damaged"),
+        (lambda data: data["rungs"].append(data["rungs"][0]), "holds more rungs than this qdq tries"),
+        (changed(statistics="0"), "is not the file that the journal .* was made with; remove both"),
+    ],
+)
+def test_damage_is_told(journal: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    data = json.loads(journal.read_text())
+    change(data)
+    journal.write_text(json.dumps(data))
+    with pytest.raises(qdq.DataError, match=message):
+        recover(journal)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"null"])
+def test_what_is_no_json_is_told(journal: Path, content: bytes) -> None:
+    journal.write_bytes(content)
+    with pytest.raises(qdq.DataError, match="is damaged|is no journal"):
+        recover(journal)
+
+
+def test_statistics_that_are_gone_are_told(journal: Path) -> None:
+    journal.with_name("j.statistics.safetensors").unlink()
+    with pytest.raises(qdq.DataError, match="statistics"):
+        recover(journal)
+
+
+def test_a_journal_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Any, target: Any) -> None:
+        if str(target).endswith(".json"):
+            raise PermissionError(13, "Permission denied")
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(qdq.DataError, match=r"the journal .* cannot be written: Permission denied"):
+        recover(tmp_path / "j.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["j.statistics.safetensors"]
+
+
+def test_a_journal_that_cannot_be_read_is_told(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(qdq.DataError, match="cannot be read: Permission denied"):
+        recover(journal)
