@@ -1,4 +1,4 @@
-"""What deploy.py measures: models with calibration data, held-out inputs and, where the weights are real, a task."""
+"""What deploy.py and accuracy.py measure: models with data and, where the weights are real, a task."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ class Case:
     tasks: dict[str, Callable[[Run], float]] = field(default_factory=dict)
 
 
-def build(name: str, batch: int = 1, init: str = "measured") -> Case:
+def build(name: str, batch: int = 1, init: str = "measured", subset: int = 0) -> Case:
     """The case of that name; `batch` is the batch size that latency is measured at.
+
+    Calibration data of other `subset` numbers (from 0) are others of the same kind, as many, and none of the same.
 
     `init` says how models without trained weights are drawn: `"measured"` (batch norms with measured statistics, random
     scales and shifts: `fixtures.seeding`) or `"torchvision"`, its own initialisation, where batch norms do nothing.
@@ -48,9 +50,9 @@ def build(name: str, batch: int = 1, init: str = "measured") -> Case:
         KeyError: no case has that name.
     """
     if name in _REAL:
-        return _REAL[name](batch)
+        return _REAL[name](batch, subset)
     if name in _TORCHVISION:
-        return _torchvision_case(name, batch, init)
+        return _torchvision_case(name, batch, init, subset)
     raise KeyError(f"no model {name!r}; known: {', '.join(names())}")
 
 
@@ -74,30 +76,46 @@ def _top1(images: torch.Tensor, labels: torch.Tensor, batch: int = 100) -> Calla
     return score
 
 
-def _s1(batch: int) -> Case:
+def _fashion(name: str, model: Callable[[], nn.Module], batch: int, subset: int) -> Case:
     full = fashion.full_folder() is not None
-    train, _ = fashion.load("train", limit=256)
+    train, _ = fashion.load("train", full=subset > 0)
     images, labels = fashion.load("test", full=full)
     task = {f"top-1 % of {len(labels)}": _top1(images, labels)}
     held_out = _batches(images[:3000], 100)
-    return Case("s1", classifiers.s1(), _batches(train, 32), held_out, (images[:batch],), tasks=task)
+    return Case(name, model(), _batches(_part(train, 256, subset), 32), held_out, (images[:batch],), tasks=task)
 
 
-def _p1(batch: int) -> Case:
+def _s1(batch: int, subset: int) -> Case:
+    return _fashion("s1", classifiers.s1, batch, subset)
+
+
+def _s2(batch: int, subset: int) -> Case:
+    return _fashion("s2", classifiers.s2, batch, subset)
+
+
+def _p1(batch: int, subset: int) -> Case:
     import mobilenet_imagenet as p1
 
-    train, _ = fashion.load_uint8("train")
+    train, _ = fashion.load_uint8("train", full=subset > 0)
     images, labels = fashion.load_uint8("test")
     x = p1.prepare(images)
     task = {"top-1 % of 1000": _top1(x, torch.from_numpy(labels))}
-    return Case("p1", p1.load(), _batches(p1.prepare(train[:128]), 32), _batches(x, 100), (x[:batch],), tasks=task)
+    calibration = _batches(p1.prepare(_part(train, 128, subset)), 32)
+    return Case("p1", p1.load(), calibration, _batches(x, 100), (x[:batch],), tasks=task)
 
 
-def _minilm(batch: int) -> Case:
+def _part(data: Any, size: int, subset: int) -> Any:
+    part = data[size * subset : size * (subset + 1)]
+    if len(part) < size:
+        raise ValueError(f"there is no subset {subset} of {size} of {len(data)}: fetch the whole data (setup_env.sh)")
+    return part
+
+
+def _minilm(batch: int, subset: int) -> Case:
     import minilm
 
     model, tokenizer = minilm.load()
-    texts = minilm.calibration_texts(96)
+    texts = minilm.calibration_texts(128, 64 * subset)
     calibration = [minilm.tokenize(tokenizer, texts[i : i + 8]) for i in range(0, len(texts), 8)]
     unseen = minilm.background(300)[200:248]
     held_out = [minilm.tokenize(tokenizer, unseen[i : i + 8]) for i in range(0, len(unseen), 8)]
@@ -114,7 +132,7 @@ def _minilm(batch: int) -> Case:
     return Case("minilm", model, calibration, held_out, timed, "transformer", ("ids", "mask"), dynamic, tasks)
 
 
-def _torchvision_case(name: str, batch: int, init: str) -> Case:
+def _torchvision_case(name: str, batch: int, init: str, subset: int) -> Case:
     size, options = _TORCHVISION[name]
     transformer = name.startswith("vit")
 
@@ -134,7 +152,7 @@ def _torchvision_case(name: str, batch: int, init: str) -> Case:
         model = seeded(make_model, make_inputs)
     if transformer:
         _randomise_head(model)
-    calibration = _batches(photos.crops(32, size, seed=1), 8)
+    calibration = _batches(photos.crops(32, size, seed=1 + 10 * subset), 8)
     held_out = _batches(photos.crops(32, size, seed=2), 8)
     timed = (photos.crops(batch, size, seed=3),)
     return Case(name, model, calibration, held_out, timed, "transformer" if transformer else "cnn")
@@ -163,7 +181,7 @@ _TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {
     "shufflenet_v2_x1_0": (224, {}),
     "regnet_y_400mf": (224, {}),
 }
-_REAL: dict[str, Callable[[int], Case]] = {"s1": _s1, "p1": _p1, "minilm": _minilm}
+_REAL: dict[str, Callable[[int, int], Case]] = {"s1": _s1, "s2": _s2, "p1": _p1, "minilm": _minilm}
 
 DEFAULT = ("s1", "p1", "mobilenet_v2", "resnet18", "resnet50", "vit_b_32", "minilm")
 EXTRA = ("mobilenet_v3_large", "efficientnet_b0", "densenet121", "googlenet", "inception_v3")

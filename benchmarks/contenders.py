@@ -78,10 +78,19 @@ def _dynamic_shapes(case: Case) -> tuple[dict[int, Any], ...]:
 
 
 def quantize_static(
-    case: Case, fp32: Path, path: Path, *, operations: tuple[str, ...] | None = None, reduce_range: bool = False
+    case: Case,
+    fp32: Path,
+    path: Path,
+    *,
+    operations: tuple[str, ...] | None = None,
+    reduce_range: bool = False,
+    method: str = "minmax",
 ) -> Path:
-    """ONNX Runtime's own static quantization: Q/DQ, uint8 activations, int8 weights per channel, min-max ranges."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
+    """ONNX Runtime's own static quantization: Q/DQ, uint8 activations, int8 weights per channel.
+
+    `method` finds the ranges: "minmax", "entropy" or "percentile".
+    """
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -105,6 +114,11 @@ def quantize_static(
         weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=reduce_range,
+        calibrate_method={
+            "minmax": CalibrationMethod.MinMax,
+            "entropy": CalibrationMethod.Entropy,
+            "percentile": CalibrationMethod.Percentile,
+        }[method],
         op_types_to_quantize=list(operations) if operations else None,
     )
     return path

@@ -57,9 +57,9 @@ def background(count: int) -> list[str]:
     return documents[:count]
 
 
-def calibration_texts(count: int) -> list[str]:
+def calibration_texts(count: int, skipped: int = 0) -> list[str]:
     """Half whole documents, half their first few words: the encoder is given texts of every length."""
-    documents = background(count // 2)
+    documents = background(skipped + count // 2)[skipped:]
     return documents + [" ".join(text.split()[: 1 + index % 8]) for index, text in enumerate(documents)]
 
 
