@@ -49,7 +49,7 @@ class BiasCorrection(Algorithm):
 
 def _shifts(wanted: Tensor, given: Tensor, axis: int) -> Tensor:
     """The mean of `wanted - given` over positions, float64: (samples, channels)."""
-    difference = (wanted - given).double()
+    difference = wanted - given
     if difference.dim() == -axis:  # a single sample, without a dimension for it
         difference = difference[None]
-    return difference if axis == -1 else difference.flatten(2).mean(2)
+    return difference.double() if axis == -1 else difference.flatten(2).mean(2, dtype=torch.float64)

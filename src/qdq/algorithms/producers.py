@@ -307,5 +307,6 @@ def _only_dim(value: Tensor) -> int | None:
 def _withdraw(free: Tensor, labels: Any) -> None:
     """Channels that something else than layers reads are not free."""
     for part in labels if isinstance(labels, (list, tuple)) else (labels,):
-        found = torch.unique(part)
+        # Along expanded dimensions all labels are the same: one is enough.
+        found = torch.unique(part[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in part.stride())])
         free[found[found != OTHER]] = False
