@@ -34,18 +34,6 @@ def activation_quantizers(graph_module: fx.GraphModule) -> list[AffineQuantizer]
     return [m for m in (modules[name] for name in called) if isinstance(m, AffineQuantizer)]
 
 
-def calibrate(
-    graph_module: fx.GraphModule,
-    run: Callable[[Callable[..., Any]], None] | Batches,
-    progress: bool = True,
-    model: nn.Module | None = None,
-) -> Statistics:
-    """Collects over the data and sets the ranges: arguments and errors of :func:`collect` and :func:`find_ranges`."""
-    statistics = collect(graph_module, run, progress, model)
-    find_ranges(graph_module, statistics, progress)
-    return statistics
-
-
 def collect(
     graph_module: fx.GraphModule,
     run: Callable[[Callable[..., Any]], None] | Batches,

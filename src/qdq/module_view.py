@@ -15,7 +15,7 @@ from .batches import Inputs, signature_of
 from .calibration import activation_quantizers
 from .constant_quantizers import WeightQuantizer
 from .errors import CalibrationError
-from .export.module_graph import check_stages, keep_quantizers, path_of
+from .export.module_graph import check_stages, has_path, keep_quantizers, path_of
 from .formats import E4M3, IntFormat
 from .graph.capture import capture
 from .graph.contract import InputContract
@@ -264,7 +264,7 @@ class ModuleView:
         owner, _, leaf = path.rpartition(".")
         base = ".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p)
         free, count = base, 1
-        while _exists(self.graph_module, free):
+        while has_path(self.graph_module, free):
             free, count = f"{base}_{count}", count + 1
         return free
 
@@ -331,12 +331,3 @@ def _observer(found: Extremes, name: str) -> Any:
             found[name] = min(low, float(least)), max(high, float(most)), total + float(x.double().abs().sum())
 
     return observe
-
-
-def _exists(module: nn.Module, path: str) -> bool:
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return False
-    return True

@@ -213,11 +213,11 @@ def test_a_part_that_no_data_reach_is_named() -> None:
 
 
 def test_collectors_are_gone_and_constants_on_again_after_a_failure(tiny: Tiny) -> None:
-    from qdq.calibration import calibrate
+    from qdq.calibration import collect
 
     qmodel = quantize(tiny, [X])
     with pytest.raises(qdq.DataError), torch.no_grad():
-        calibrate(qmodel, lambda model: model(torch.full((1, 6), torch.nan)), False)
+        collect(qmodel, lambda model: model(torch.full((1, 6), torch.nan)), False)
     assert all(m.enabled for m in qmodel.modules() if hasattr(m, "enabled"))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qdq
 from pipeline.helpers import quantize, randn
 from qdq.batches import Batches, signature_of
-from qdq.calibration import calibrate
+from qdq.calibration import collect
 from qdq.graph.capture import capture
 from qdq.graph.record import record_of
 
@@ -418,7 +418,7 @@ def test_an_error_while_calibrating_names_the_batch() -> None:
 def test_a_graph_can_be_calibrated_again_without_its_model() -> None:
     qmodel = quantize(Model(), [X])
     with torch.no_grad():
-        calibrate(qmodel, lambda given: given(X.to(next(given.parameters()).device)), False)
+        collect(qmodel, lambda given: given(X.to(next(given.parameters()).device)), False)
 
 
 def test_capture_leaves_the_ranges_of_its_inputs() -> None:

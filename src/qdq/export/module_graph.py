@@ -261,7 +261,7 @@ class _Conversion:
         owner, _, leaf = path.rpartition(".")
         base = ".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p)
         free, count = base, 1
-        while free in self.names or _exists(self.graph_module, free):
+        while free in self.names or has_path(self.graph_module, free):
             free, count = f"{base}_{count}", count + 1
         self.names.add(free)
         return free
@@ -280,7 +280,8 @@ def _check_axes(path: str, amax: Tensor) -> None:
         )
 
 
-def _exists(module: nn.Module, path: str) -> bool:
+def has_path(module: nn.Module, path: str) -> bool:
+    """Whether a module has an attribute at a dotted path."""
     found: Any = module
     for part in path.split("."):
         found = getattr(found, part, None)
