@@ -14,13 +14,11 @@ bar was missed. `setup_env.sh FOLDER accuracy` makes the environment.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import logging
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -71,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     _quiet()
     torch.set_num_threads(contenders.THREADS)
-    report: dict[str, Any] = {"environment": _environment(), "models": {}}
+    report: dict[str, Any] = {"environment": measure.environment(), "models": {}}
     path = None if options.json == "-" else Path(options.json or RESULTS)
     if path is not None and path.exists() and options.add:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +126,7 @@ def _one_model(name: str, options: argparse.Namespace) -> dict[str, Row]:
                 row = rows.setdefault(key, Row(key))
                 if row.error:
                     continue
-                _progress(f"{name}, subset {subset}: {key}")
+                measure.progress(f"{name}, subset {subset}: {key}")
                 try:
                     made = _measure(row, build, case, reference)
                 except Exception as error:
@@ -141,7 +139,7 @@ def _one_model(name: str, options: argparse.Namespace) -> dict[str, Row]:
                     timed[key] = made
                 gc.collect()
         if not options.no_latency:
-            _progress(f"{name}: latency of {len(timed)} contenders, {options.rounds} rounds")
+            measure.progress(f"{name}: latency of {len(timed)} contenders, {options.rounds} rounds")
             runs = {key: made.run for key, made in timed.items()}
             taken = measure.interleaved(runs, cases.build(name).timed, options.rounds, options.seconds)
             for key, values in taken.items():
@@ -293,21 +291,6 @@ def _mean(values: list[float], digits: int) -> str:
     if len(values) < 2:
         return f"{values[0]:.{digits}g}"
     return f"{statistics.fmean(values):.{digits}g} ± {2 * _standard_error(values):.1g}"
-
-
-def _environment() -> str:
-    import onnxruntime
-
-    flags = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        flags = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni") if flag in text)
-    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    return f"{time.strftime('%Y-%m-%d')}, {platform.machine()} ({flags}), {os.cpu_count()} cores, {versions}"
-
-
-def _progress(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def _quiet() -> None:

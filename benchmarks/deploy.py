@@ -17,10 +17,8 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -46,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     _quiet()
     torch.set_num_threads(contenders.THREADS)
     names = options.models or [*cases.DEFAULT, *(cases.EXTRA if options.extra else ())]
-    print(_environment(), flush=True)
-    report: dict[str, Any] = {"environment": _environment(), "options": _recorded(options), "models": {}}
+    print(measure.environment(), flush=True)
+    report: dict[str, Any] = {"environment": measure.environment(), "options": _recorded(options), "models": {}}
     failed = False
     for name in names:
         try:
@@ -102,7 +100,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _one_model(name: str, options: argparse.Namespace) -> tuple[dict[str, Result], list[bars.Bar]]:
-    _progress(f"{name}: model and data")
+    measure.progress(f"{name}: model and data")
     case = cases.build(name, options.batch, options.init)
     with contextlib.ExitStack() as stack:
         if options.keep:
@@ -111,13 +109,13 @@ def _one_model(name: str, options: argparse.Namespace) -> tuple[dict[str, Result
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ready, results = _build_all(case, folder, options)
-        _progress(f"{name}: latency of {len(ready)} contenders, {options.rounds} rounds")
+        measure.progress(f"{name}: latency of {len(ready)} contenders, {options.rounds} rounds")
         runs = {key: contender.run for key, contender in ready.items()}
         latencies = measure.interleaved(runs, case.timed, options.rounds, options.seconds)
         reference = measure.outputs(ready["fp32"].run, case.held_out)
         static = bars.PEER[case.kind]
         for key, contender in ready.items():
-            _progress(f"{name}: outputs and scores of {key}")
+            measure.progress(f"{name}: outputs and scores of {key}")
             result = results[key] = Result(key, file_bytes=contender.file_bytes, build_seconds=contender.build_seconds)
             result.latency_ms = float(np.median(latencies[key]))
             result.against_fp32 = measure.ratio(latencies[key], latencies["fp32"])
@@ -139,7 +137,7 @@ def _build_all(
     case: cases.Case, folder: Path, options: argparse.Namespace
 ) -> tuple[dict[str, Contender], dict[str, Result]]:
     """Builds what can be built. Results of contenders that failed hold the error; the float model must work."""
-    _progress(f"{case.name}: fp32")
+    measure.progress(f"{case.name}: fp32")
     path = folder / "fp32.onnx"
     results = {"fp32": Result("fp32")}
     try:
@@ -151,7 +149,7 @@ def _build_all(
         contenders.torch_export_fp32(case, path)
     ready = {"fp32": contenders.onnxruntime_contender("fp32", path)}
     for key, build in _builders(case, path, folder, options).items():
-        _progress(f"{case.name}: {key}")
+        measure.progress(f"{case.name}: {key}")
         results[key] = Result(key)
         try:
             ready[key] = build()
@@ -245,22 +243,6 @@ def _counter(counts: dict[str, int]) -> Any:
     from collections import Counter
 
     return Counter(counts)
-
-
-def _environment() -> str:
-    import onnxruntime
-
-    flags = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        flags = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if flag in text)
-    when = time.strftime("%Y-%m-%d")
-    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    return f"{when}, {platform.machine()} ({flags}), {os.cpu_count()} cores, {contenders.THREADS} threads, {versions}"
-
-
-def _progress(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def _quiet() -> None:

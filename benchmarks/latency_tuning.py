@@ -44,14 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     deploy._quiet()
     torch.set_num_threads(contenders.THREADS)
-    environment = deploy._environment()
+    environment = measure.environment()
     print(environment, flush=True)
     case = cases.build(options.model)
     with contextlib.ExitStack() as stack:
         folder = Path(options.reuse or options.keep or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         ready = _contenders(folder) if options.reuse else _build(case, folder)
-        deploy._progress(f"latency of {len(ready)} contenders, {options.rounds} rounds")
+        measure.progress(f"latency of {len(ready)} contenders, {options.rounds} rounds")
         runs = {key: contender.run for key, contender in ready.items()}
         latencies = measure.interleaved(runs, case.timed, options.rounds, options.seconds)
         reference = measure.outputs(ready["fp32"].run, case.held_out)
@@ -94,13 +94,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _build(case: cases.Case, folder: Path) -> dict[str, Contender]:
     fp32 = folder / FILES["fp32"]
     extra: dict[str, dict[str, Any]] = {}
-    deploy._progress("fp32")
+    measure.progress("fp32")
     contenders.export_fp32(case, fp32)
     for key, recipe in (("qdq", {}), ("qdq tuned", {"tune": "latency"})):
-        deploy._progress(key)
+        measure.progress(key)
         made = contenders.qdq_contender(case, folder / FILES[key], recipe)
         extra[key] = {"build_seconds": made.build_seconds, **made.extra}
-    deploy._progress("static, then NNCF")
+    measure.progress("static, then NNCF")
     contenders.quantize_static(case, fp32, folder / FILES["static"])
     contenders.nncf_contender(case, fp32, folder)
     ready = _contenders(folder)

@@ -1,13 +1,19 @@
-"""Latency by interleaved rounds, and SQNR."""
+"""Latency by interleaved rounds, SQNR, and the machine that both were measured on."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from cases import Inputs, Run
 
 
@@ -71,3 +77,22 @@ def sqnr_db(reference: list[list[np.ndarray]], other: list[list[np.ndarray]]) ->
             signal += float(np.square(exact).sum())
             noise += float(np.square(out.astype(np.float64) - exact).sum())
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
+
+
+def environment() -> str:
+    """Date, processor, threads and versions: the line above every table."""
+    import onnxruntime
+
+    flags = ""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        flags = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if flag in text)
+    when = time.strftime("%Y-%m-%d")
+    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    machine = f"{platform.machine()} ({flags}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{when}, {machine}, {versions}"
+
+
+def progress(text: str) -> None:
+    """One line of progress, with the time, on standard error."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
