@@ -18,12 +18,12 @@ from .errors import (
 from .graph.explanation import Explanation
 from .graph.targets import Target
 from .layer_sensitivity import sensitivity
-from .module_calibration import calibrating
-from .module_improvement import improve_modules
+from .modules.calibration import calibrating
+from .modules.improvement import improve_modules
 from .quantizer import TensorQuantizer
 from .recipe import Override, Recipe
-from .recovery import recover
-from .recovery_result import Recovery
+from .recovery.climbing import recover
+from .recovery.result import Recovery
 
 __version__ = "0.1.0"
 

@@ -68,13 +68,12 @@ class AffineQuantizer(nn.Module):
         return None if (self.lo, self.hi) == (info.min, info.max) else (self.lo, self.hi)
 
     def forward(self, x: Tensor, on_grid: bool = False) -> Tensor:
-        """Quantizes and dequantizes x, float32 of any shape,.
+        """Quantizes and dequantizes x, float32 of any shape.
 
         Args:
             x: the tensor.
             on_grid: x already holds values of this quantizer (an operation moved them), so that quantizing it again
-                would
-                change nothing; only an exported file needs the nodes.
+                would change nothing; only an exported file needs the nodes.
 
         Raises:
             CalibrationError: no range has been set.
@@ -84,8 +83,7 @@ class AffineQuantizer(nn.Module):
         if not self.calibrated:
             raise CalibrationError(
                 f"quantizer {self.name!r} has no range: it saw no data in calibration. Calibrate with data that "
-                "reach this "
-                "part of the model, or keep it in float (Recipe.exclude)"
+                "reach this part of the model, or keep it in float (Recipe.exclude)"
             )
         if torch.onnx.is_in_onnx_export():
             zero_point = self.zero_point.to(self.code_dtype)

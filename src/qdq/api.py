@@ -37,15 +37,17 @@ from .graph.place import place
 from .graph.record import KEY, Record, record_of
 from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
 from .improvement import improve
-from .latency_tuning import check_tunable, one_sample, tune_latency
+from .kept_memory import freed_memory_kept
 from .progress import track
 from .quiet import pytorch_internals
 from .recipe import Recipe
 from .stand_in import first_call, is_data_function
+from .tuning.latency import check_tunable, one_sample, tune_latency
 
 logger = logging.getLogger("qdq.api")
 
 
+@freed_memory_kept()
 def quantize(
     model: nn.Module,
     batches: Any,
@@ -61,10 +63,9 @@ def quantize(
 
     Args:
         model: float32; neither it nor its train/eval mode is changed. The copy computes as in eval mode.
-        batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword
-            arguments), or a
-            callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label) are
-            dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
+        batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword arguments),
+            or a callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label)
+            are dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
             ways, the one that the model runs on is meant. One pass is made. Or the `Statistics` of an earlier
             calibration of the same model (`qdq.calib.load`), for another recipe without the data.
         target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
@@ -198,9 +199,8 @@ def verify(
         qmodel: what `quantize` returned; or a model with `TensorQuantizer`s, which is its own simulation, in eval mode.
         path: what `export_onnx` wrote from it.
         batches: as for `quantize`.
-        agreement: takes the first output of simulation and file (tensors of one batch) and gives a share from 0 to
-            1; None
-            compares the argmax over the last axis.
+        agreement: takes the first output of simulation and file (tensors of one batch) and gives a share from 0 to 1;
+            None compares the argmax over the last axis.
         per_tensor: whether printing the result lists every quantized tensor.
         inputs_of, progress: as for `quantize`.
         dynamic_shapes: of a model with `TensorQuantizer`s, as for `export_onnx`.
@@ -233,6 +233,8 @@ def verify(
 def explain(qmodel: nn.Module) -> Explanation:
     """Every tensor of a quantized model: quantized or not, by which rule, shared with whom, and why not if not.
 
+    Its `recipe` is what the model was quantized by.
+
     Raises:
         QdqError: not a model that `quantize` returned.
     """
@@ -259,9 +261,8 @@ def benchmark(
 
     Args:
         path, against: the files. Rounds of the two alternate; medians and the spread of their ratio are reported.
-        inputs: one batch: an array or tensor, a sequence of them in the order of the file's inputs, or a dict by
-            name; None
-            draws normal values.
+        inputs: one batch: an array or tensor, a sequence of them in the order of the file's inputs, or a dict by name;
+            None draws normal values.
         batch_size: of the values drawn.
         threads: threads of one operation; None leaves it to the runtime.
         rounds: how many, of about 50 ms a file each.

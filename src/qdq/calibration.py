@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .affine_quantizer import AffineQuantizer
 from .batches import Batches
 from .calib.collectors import HistogramCollector
 from .calib.statistics import Inputs, SampleKeeper, Statistics
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
-from .errors import CalibrationError, DataError, QdqError
-from .graph.contract import describe_call
-from .graph.insert import ORIGINAL_NAME
+from .errors import CalibrationError, DataError
+from .graph.contract import failing_on
+from .graph.insert import original_name
+from .graph.parameters import tensor_at
 from .graph.record import record_of
 from .integer_operations import IntegerOperation
 from .passing import passing
@@ -65,14 +66,16 @@ def collect(
     return Statistics(interpreter.histograms, feed.keeper.samples())
 
 
-def collect_again(graph_module: fx.GraphModule, statistics: Statistics, progress: bool = True) -> Statistics:
-    """The statistics of a graph that has changed since, from the inputs that were kept."""
-    interpreter = _Histograms(graph_module)
+def collect_again(
+    graph_module: fx.GraphModule, statistics: Statistics, tensors: Collection[str], progress: bool = True
+) -> Statistics:
+    """The statistics with the histograms of these tensors collected (anew) from the inputs that were kept."""
+    interpreter = _Histograms(graph_module, tensors)
     contract = record_of(graph_module).contract
     with torch.no_grad(), constants_in_float(graph_module):
         for inputs in track(statistics.samples, "calibrating again", len(statistics.samples), progress):
             interpreter.run(*contract.flatten(inputs))
-    return Statistics(interpreter.histograms, statistics.samples)
+    return Statistics({**statistics.histograms, **interpreter.histograms}, statistics.samples)
 
 
 def find_ranges(graph_module: fx.GraphModule, statistics: Statistics, progress: bool = True) -> Statistics:
@@ -90,9 +93,7 @@ def find_ranges(graph_module: fx.GraphModule, statistics: Statistics, progress: 
     unknown = [tensor for tensor in unknown if tensor not in statistics.histograms]
     if unknown and statistics.samples:
         logger.info("%d tensors are not in the statistics, and are collected from the inputs kept", len(unknown))
-        again = collect_again(graph_module, statistics, progress)
-        added = {tensor: again.histograms[tensor] for tensor in unknown}
-        statistics = Statistics({**statistics.histograms, **added}, statistics.samples)
+        statistics = collect_again(graph_module, statistics, unknown, progress)
     for quantizer in track(quantizers, "finding ranges", len(quantizers), progress):
         histogram = histogram_of(graph_module, quantizer, statistics)
         if not quantizer.fixed:
@@ -118,13 +119,8 @@ def quantized_tensors(graph_module: fx.GraphModule) -> dict[str, list[str]]:
         if node.op == "call_module" and isinstance(modules[str(node.target)], AffineQuantizer):
             tensors = found.setdefault(str(node.target), [])
             if not node.kwargs.get("on_grid"):
-                tensors.append(_name_of(node.all_input_nodes[0]))
+                tensors.append(original_name(node.all_input_nodes[0]))
     return found
-
-
-def _name_of(node: fx.Node) -> str:
-    """The name of a tensor in the captured graph, before operations were replaced by modules that simulate them."""
-    return str(node.meta.get(ORIGINAL_NAME, node.name))
 
 
 def histogram_of(
@@ -148,7 +144,7 @@ def fit_biases(graph_module: fx.GraphModule) -> None:
         bias, input_step, weight_step = (str(a.target) for a in node.args)
         weights = graph_module.get_submodule(weight_step.rpartition(".")[0])
         assert isinstance(weights, WeightQuantizer)
-        weights.fit_bias(_tensor_at(graph_module, bias), _tensor_at(graph_module, input_step))
+        weights.fit_bias(tensor_at(graph_module, bias), tensor_at(graph_module, input_step))
 
 
 def constants_in_float(graph_module: nn.Module) -> AbstractContextManager[None]:
@@ -157,16 +153,17 @@ def constants_in_float(graph_module: nn.Module) -> AbstractContextManager[None]:
 
 
 class _Histograms(fx.Interpreter):
-    """Runs the graph in float, and collects every tensor that is quantized in it.
+    """Runs the graph in float, and collects every tensor that is quantized in it, or these of them.
 
     Attributes:
         histograms: by the name of the tensor.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, tensors: Collection[str] | None = None) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
-        tensors = [t for names in quantized_tensors(graph_module).values() for t in names]
+        if tensors is None:
+            tensors = [t for names in quantized_tensors(graph_module).values() for t in names]
         self.histograms = {tensor: HistogramCollector() for tensor in tensors}
         self._called: dict[str, str] = {}
 
@@ -176,8 +173,9 @@ class _Histograms(fx.Interpreter):
         if isinstance(module, AffineQuantizer):
             (x,), _ = self.fetch_args_kwargs_from_env(n)
             if not n.kwargs.get("on_grid"):
-                tensor = _name_of(n.all_input_nodes[0])
-                self.histograms[tensor].collect(x)
+                tensor = original_name(n.all_input_nodes[0])
+                if tensor in self.histograms:
+                    self.histograms[tensor].collect(x)
                 self._called.setdefault(tensor, module.name)
             return x
         if isinstance(module, IntegerOperation):
@@ -215,21 +213,9 @@ class _Collecting(StandIn):
             inputs: Inputs = contract.check(*self.bind(args, kwargs))
         except DataError as error:
             raise DataError(f"batch {self.calls}: {error}") from None
-        try:
+        with failing_on(self.calls, inputs):
             out = interpreter.run(*contract.flatten(inputs))
-        except QdqError:
-            raise
-        except Exception as error:
-            given = describe_call(inputs)
-            raise DataError(
-                f"the model fails on batch {self.calls}, {given}: {type(error).__name__}: {error}"
-            ) from error
         self.calls += 1
         interpreter.check_finite()
         self.keeper.add(inputs)
         return out
-
-
-def _tensor_at(graph_module: fx.GraphModule, path: str) -> Tensor:
-    owner, _, leaf = path.rpartition(".")
-    return getattr(graph_module.get_submodule(owner), leaf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from .affine_quantizer import AffineQuantizer
@@ -9,8 +11,8 @@ from .algorithms.output_ranges import OutputRanges, Range
 from .algorithms.registry import algorithms_of
 from .algorithms.walk import Visitor, Walk
 from .calib.collectors import HistogramCollector
-from .calib.statistics import Statistics
-from .calibration import activation_quantizers, collect_again, constants_in_float, find_ranges, fit_biases, histogram_of
+from .calib.statistics import Statistics, evenly_spread
+from .calibration import activation_quantizers, constants_in_float, find_ranges, fit_biases, histogram_of
 from .graph.record import record_of
 from .recipe import Recipe
 
@@ -23,6 +25,8 @@ _RULES = {
     "percentile 99.99": ("percentile", 99.99),
     "percentile 99.999": ("percentile", 99.999),
 }
+# Bounds that differ by less are alike: the step sizes, and so the errors of rounding, differ by as little.
+_ALIKE = 0.03
 
 
 def improve(
@@ -42,24 +46,37 @@ def improve(
     contract = record_of(graph_module).contract
     samples = [contract.flatten(inputs) for inputs in statistics.samples]
     with constants_in_float(graph_module):
-        changed = [algorithm.prepare(graph_module, samples, progress) for algorithm in algorithms]
-    seen = collect_again(graph_module, statistics, progress) if any(changed) else statistics
-    seen = find_ranges(graph_module, seen, progress)
+        changed = set().union(*(algorithm.prepare(graph_module, samples, progress) for algorithm in algorithms))
+    # What is known of all other tensors still holds, and comes from more data than the samples are.
+    kept = {tensor: histogram for tensor, histogram in statistics.histograms.items() if tensor not in changed}
+    seen = find_ranges(graph_module, Statistics(kept, statistics.samples), progress)
     chosen = [q for q in activation_quantizers(graph_module) if q.method == "auto" and not q.fixed]
     visitors: list[Visitor] = [*algorithms]
+    most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
     if chosen:
-        proposals = {q.name: _proposals(q, histogram_of(graph_module, q, seen)) for q in chosen}
-        visitors.insert(0, OutputRanges(proposals))
-    if visitors and samples:
-        walk = Walk(graph_module, samples)
+        ranges = OutputRanges({q.name: _proposals(q, histogram_of(graph_module, q, seen)) for q in chosen})
+        visitors.insert(0, ranges)
+        most = max(most, ranges.samples)
+    if most and samples:
+        spread = evenly_spread(statistics.samples, most, divisible=contract.divisible)
+        walk = Walk(graph_module, [contract.flatten(inputs) for inputs in spread])
         walk.run(visitors, progress)
         for algorithm in algorithms:
             algorithm.finish(walk, progress)
         fit_biases(graph_module)
-    return (statistics if any(changed) else seen), seen
+    return (statistics if changed else seen), seen
 
 
 def _proposals(quantizer: AffineQuantizer, histogram: HistogramCollector) -> dict[str, Range]:
-    """The range that each rule proposes, the usual one first."""
-    order = sorted(_RULES, key=lambda rule: rule != quantizer.usual_method)
-    return {rule: quantizer.proposed_range(histogram, *_RULES[rule]) for rule in order}
+    """The range that each rule proposes, the usual one first; but for those that are nearly one before."""
+    found: dict[str, Range] = {}
+    for rule in sorted(_RULES, key=lambda rule: rule != quantizer.usual_method):
+        proposed = quantizer.proposed_range(histogram, *_RULES[rule])
+        if not any(_nearly(proposed, known) for known in found.values()):
+            found[rule] = proposed
+    return found
+
+
+def _nearly(one: Range, other: Range) -> bool:
+    """Whether two ranges differ by less than a comparison of what they do could tell."""
+    return all(math.isclose(a, b, rel_tol=_ALIKE, abs_tol=0.0) for a, b in zip(one, other, strict=True))

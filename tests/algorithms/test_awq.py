@@ -73,8 +73,8 @@ def test_where_nothing_helps_nothing_changes() -> None:
     model[0].weight.data.zero_()
     silent = quantized(model, batches, plain(bits=8))
     assert changed(silent, prepared(AWQ(), silent, batches)) == set()
-    assert AWQ().prepare(silent, [batches[:1]], progress=False) is False
-    assert AWQ().prepare(quantized(nn.Sequential(nn.Linear(32, 4)), batches), [batches[:1]], progress=False) is False
+    assert AWQ().prepare(silent, [batches[:1]], progress=False) == set()
+    assert AWQ().prepare(quantized(nn.Sequential(nn.Linear(32, 4)), batches), [batches[:1]], progress=False) == set()
     assert changed(qmodel, prepared(AWQ(steps=1), qmodel, batches)) == set()
 
 

@@ -43,9 +43,9 @@ def test_no_kind_of_layer_gets_worse(name: str) -> None:
 
 def test_a_trained_net_gains_on_images_not_seen() -> None:
     model = s2()
-    batches = list(fashion.load("train", limit=64)[0].split(16))
+    batches = list(fashion.load("train", limit=32)[0].split(16))
     images = fashion.load("test")[0][:125].split(125)
-    plain, trained = tuned(model, batches, bits=3, steps=40)
+    plain, trained = tuned(model, batches, bits=3, steps=15)
     assert error(trained, model, images) < 0.7 * error(plain, model, images)
 
 

@@ -77,9 +77,37 @@ def test_the_walk_computes_both_models(build) -> None:
             outputs = [
                 quantizer for quantizer in qmodel.modules() if getattr(quantizer, "name", "") == "fc.output_quantizer"
             ]
-            found = list(head.outputs())[i]
+            found = list(head.outputs)[i]
             found = outputs[0](found) if outputs else found
             assert sqnr_db([qmodel(x).numpy()], [found.numpy()]) > 50
+
+
+def test_outputs_that_a_visitor_computed_serve_the_walk() -> None:
+    """A bias set afterwards is added to them; a weight set afterwards makes them void."""
+    torch.manual_seed(0)
+    model, batches = Several().eval(), [images(4)]
+
+    class Sets(Algorithm):
+        def __init__(self, reads: bool, weight: bool) -> None:
+            self.reads, self.weight = reads, weight
+
+        def visit_layer(self, visit: LayerVisit) -> None:
+            if self.reads:
+                assert visit.outputs is visit.outputs
+            if self.weight:
+                visit.set_weight(visit.weight * 0.5)
+            if visit.bias is not None:
+                visit.set_bias(visit.bias + 0.1)
+
+    for weight in (False, True):
+        found = []
+        for reads in (False, True):
+            seen = Recording()
+            qmodel = quantize(model, batches, recipe=PLAIN)
+            Walk(qmodel, [batches]).run([Sets(reads, weight), seen], progress=False)
+            found.append([visit.values[0] for visit in seen.tensors])
+        for recomputed, reused in zip(*found, strict=True):
+            torch.testing.assert_close(reused, recomputed, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_several_operations_read_make_no_layer() -> None:

@@ -41,9 +41,15 @@ def _wanted(net: str, images: int) -> Tensor:
     return torch.cat([model(x) for x in fashion.load("test", limit=images)[0].split(125)])
 
 
-@torch.no_grad()
 def score(net: str, bits: int, algorithms: Sequence[Algorithm], images: int = 96, tested: int = 1000) -> Score:
     """A net with weights of so many bits per channel, improved by the algorithms."""
+    return _score(net, bits, tuple(algorithms), images, tested)
+
+
+@cache
+@torch.no_grad()
+def _score(net: str, bits: int, algorithms: tuple[Algorithm, ...], images: int, tested: int) -> Score:
+    """Several tests compare with the same ones."""
     qmodel, state, batches = _start(net, bits, images)
     qmodel.load_state_dict(state)
     if algorithms:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import qdq
 from qdq import CalibrationError, QdqError, QuantDescriptor, Recipe, TensorQuantizer
 from qdq.calib import HistogramCalibrator, MaxCalibrator
-from qdq.module_calibration import METHODS
+from qdq.modules.calibration import METHODS
 from qdq.nn import QuantLinear, quantize_modules
 
 

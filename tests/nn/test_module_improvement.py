@@ -20,7 +20,7 @@ from fixtures.classifiers import s1, s2
 from pipeline.helpers import randn, run_file, sqnr_db
 from qdq import CalibrationError, DataError, QdqError, QuantDescriptor, Recipe, RecipeError, TensorQuantizer
 from qdq.graph.targets import ONNXRUNTIME
-from qdq.module_writing import write_changes
+from qdq.modules.writing import write_changes
 from qdq.nn import QuantConv2d, QuantLinear, quantize_modules
 
 # Neither this machine's processor nor its kernels decide what is written.

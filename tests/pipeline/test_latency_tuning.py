@@ -29,11 +29,10 @@ from qdq.graph.cheapest_placement import Cost, Crossing, cheapest_placement, tot
 from qdq.graph.fold import fold
 from qdq.graph.minimum_cut import minimum_cut
 from qdq.graph.place import place
-from qdq.graph.record import record_of
 from qdq.graph.targets import ONNXRUNTIME
-from qdq.latency_tuning import _save, fastest
-from qdq.placement_costs import PlacementCosts, patterns_for
 from qdq.recipe import Recipe
+from qdq.tuning.latency import _save, fastest
+from qdq.tuning.placement_costs import PlacementCosts, patterns_for
 
 
 class Blocks(nn.Module):
@@ -260,11 +259,11 @@ def test_tuned_model_is_verified_and_its_recipe_gives_it_again(
     model: nn.Module, batches: list[torch.Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = copy.deepcopy(model.state_dict())
-    with caplog.at_level(logging.INFO, "qdq.latency_tuning"):
+    with caplog.at_level(logging.INFO, "qdq.tuning.latency"):
         tuned = quantize(model, batches, recipe=Recipe(tune="latency", weight_calibration="mse"))
     assert any("float" in r.getMessage() and " ms" in r.getMessage() for r in caplog.records)
-    recipe = record_of(tuned).recipe
-    assert recipe is not None and recipe.tune is None and recipe.weight_calibration == "mse"
+    recipe = qdq.explain(tuned).recipe
+    assert recipe.tune is None and recipe.weight_calibration == "mse"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     path = qdq.export_onnx(tuned, tmp_path / "m.onnx")
     assert qdq.verify(tuned, path, batches, progress=False).sqnr_db > 40

@@ -262,6 +262,13 @@ def test_a_model_that_qdq_did_not_quantize_is_refused(function: Callable[..., An
         function(nn.Conv2d(4, 4, 3))
 
 
+def test_the_explanation_holds_the_recipe() -> None:
+    recipe = qdq.Recipe(exclude=("b",), algorithms=[])
+    qmodel = placed(lambda m, x: m.b(m.a(x)), recipe=recipe)
+    assert qdq.explain(qmodel).recipe == recipe
+    assert qdq.explain(placed(lambda m, x: m.a(x))).recipe == qdq.Recipe()
+
+
 def test_explain_of_quantized_modules_points_to_the_modules() -> None:
     model = qdq.nn.quantize_modules(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(qdq.QdqError, match="in this model they are modules: print"):

@@ -79,7 +79,7 @@ def test_every_rung_is_tried_in_order(climbed: tuple[qdq.Recovery, Path]) -> Non
     found = climbed[0]
     assert [rung.name for rung in found.rungs] == [
         "as given",
-        "calibration auto, bias correction",
+        "calibration auto, SmoothQuant, bias correction",
         "equalization",
         "per-channel weights",
         "AdaRound",
@@ -189,7 +189,7 @@ def test_a_finished_journal_is_read_and_nothing_tried(climbed: tuple[qdq.Recover
 @pytest.mark.usefixtures("quick")
 def test_a_small_trained_net_reaches_its_target() -> None:
     """S2 from entropy ranges and one step size per weight, which cost it more than 5 %."""
-    images, labels = fashion.load("test")
+    images, labels = fashion.load("test", limit=400)
     batches = list(fashion.load("train", limit=64)[0].split(32))
     model, recipe = s2(), qdq.Recipe(weights=PER_TENSOR.weights, calibration="entropy", algorithms=[])
     before = copy.deepcopy(model.state_dict())
@@ -272,14 +272,16 @@ def test_low_bits_take_their_own_rungs() -> None:
     found = recover(Closeness(), target=0.999, budget="1h", recipe=recipe)
     names = [rung.name for rung in found.rungs]
     assert "weight ranges of least squared error" in names and "8-bit weights of the worst layer" in names
-    assert "calibration auto, bias correction" not in names  # the default has both
+    assert names[:2] == ["as given", "equalization"]  # the default has all of the second rung
     rung = found.rungs[names.index("8-bit weights of the worst layer")]
     assert [o.weights.num_bits for o in rung.recipe.overrides.values() if o.weights] == [8]
     assert found.reached
 
 
 def test_what_tuning_left_in_float_is_in_the_recipe() -> None:
-    found = recover(Closeness(), budget=0, recipe=qdq.Recipe(tune="latency", algorithms=[]))
+    one = nn.Sequential(nn.Linear(4, 3)).eval()  # of few operations there are few placements to be timed
+    recipe = qdq.Recipe(tune="latency", algorithms=[])
+    found = qdq.recover(one, [torch.randn(4, 4)], lambda model: 1.0, budget=0, recipe=recipe, progress=False)
     assert found.recipe.tune is None
     assert record_of(found.model).recipe == found.recipe
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdq.recipe import Recipe
-from qdq.recovery_result import Rung, pareto_front
+from qdq.recovery.result import Rung, pareto_front
 
 RECIPE = Recipe()
 VALUES = st.none() | st.integers(0, 3)

@@ -96,7 +96,7 @@ def in_rung(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (changed(target="much"), "is damaged: 'target' is 'much'"),
         (changed(baseline=float("nan")), "is damaged: 'baseline' is nan"),
         (changed(model=3), "is damaged: 'model' is 3"),
-        (changed(norms=1), "is damaged: 'norms' is 1"),
+        (changed(float_size="1"), "is damaged: 'float_size' is '1'"),
         (changed(orders={"float": ["a"]}), "is damaged: 'orders' holds other than lists of patterns"),
         (changed(orders={"float": [[3]]}), "is damaged: 'orders' holds other than lists of patterns"),
         (changed(recipe={"colour": "red"}), "is damaged: .*'colour'"),

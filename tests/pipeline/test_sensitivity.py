@@ -403,3 +403,10 @@ def test_wrong_calls(branches: fx.GraphModule) -> None:
     refused("batch 1: input 'x' holds NaN", branches, [BATCHES[0], BATCHES[0] / 0 * 0], error=data)
     refused("no float output, whose SQNR .* pass a metric", NoFloats(), [randn(8, 4)])
     assert len(sensitivity(NoFloats(), [randn(8, 4)], lambda m: float(m(randn(8, 4)).sum()))) > 0
+
+
+def test_an_error_of_the_model_names_the_batch() -> None:
+    qmodel = quantize(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), [torch.tensor([[0, 1], [2, 3]])])
+    with pytest.raises(qdq.DataError, match=r"the model fails on batch 1, \(Tensor\[2, 2\]\): IndexError: ") as caught:
+        sensitivity(qmodel, [torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 9], [2, 3]])])
+    assert isinstance(caught.value.__cause__, IndexError)

@@ -85,6 +85,25 @@ def test_tensors_that_were_not_quantized_before_are_collected_from_the_inputs(ba
     assert len(statistics_of(quantize(s1(), statistics_of(partial))).histograms) > known
 
 
+def test_an_algorithm_forgets_what_it_changed_and_no_more() -> None:
+    """200 samples are seen and at most 128 kept: ranges of tensors that equalization left alone come from all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+    data = [torch.randn(50, 4) for _ in range(4)]
+    data[1][7] *= 40  # in the second batch, which is not kept
+    recipe = Recipe(calibration="max", algorithms=["equalization"])
+    qmodel = quantize(model, data, recipe=recipe)
+    record = record_of(qmodel)
+    assert record.seen is not None and record.statistics is not None
+    kept = count_samples(record.statistics.samples)
+    assert kept <= 128
+    totals = {name: (h.total, record.statistics.histograms[name].total) for name, h in record.seen.histograms.items()}
+    assert totals == {"input_1": (800, 800), "relu": (8 * kept, 1600), "tanh": (800, 800)}
+    plain = quantize(model, data, recipe=Recipe(calibration="max", algorithms=()))
+    steps = [float(m.get_submodule("input_quantizer").step_size) for m in (qmodel, plain)]
+    assert steps[0] == steps[1]
+
+
 def test_all_kinds_of_inputs_come_back(tmp_path: Path) -> None:
     data = [
         {"pair": (numbers(4, 6, seed=i), numbers(4, 6, seed=i + 9)), "mask": torch.ones(4, 8), "power": 2.0}

@@ -1,1 +1,1 @@
-"""What makes post-training quantization better: one published method a file. None yet."""
+"""What makes post-training quantization better: one published method a file."""

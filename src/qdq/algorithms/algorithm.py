@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from ..calib.statistics import MOST_SAMPLES
 from .walk import LayerVisit, TensorVisit, Walk
 
 # Per batch, the values of the graph's placeholders in their order.
@@ -23,18 +24,21 @@ class Algorithm:
     Attributes:
         name: in recipes.
         citation: the paper.
+        walk_samples: how many samples it wants the walk to compute: each costs a pass of both models.
     """
 
     name: ClassVar[str]
     citation: ClassVar[str]
+    walk_samples: ClassVar[int] = MOST_SAMPLES
 
-    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> bool:
+    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
         """Changes the graph's float weights (and what is to be changed with them), leaving its function as it is.
 
         Returns:
-            Whether values of tensors that are quantized changed: their ranges are then found anew.
+            The names (:func:`qdq.graph.insert.original_name`) of the tensors whose values changed: the ranges of those
+            that are quantized are then found anew.
         """
-        return False
+        return set()
 
     def visit_tensor(self, visit: TensorVisit) -> None:
         """Where the walk reaches an activation quantizer."""

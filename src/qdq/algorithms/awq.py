@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..graph.parameters import tensor_at
 from ..progress import track
 from .algorithm import Algorithm, Samples
 from .channel_scaling import ChannelScaling, weight_method
-from .float_values import observe_float_values, tensor_at
+from .float_values import observe_float_values
 from .layer import Layer
 from .layer_channels import times_inputs
 from .layer_matrix import LayerMatrix
@@ -42,6 +43,7 @@ class AWQ(Algorithm):
 
     name: ClassVar[str] = "awq"
     citation: ClassVar[str] = "Lin et al. 2023, arXiv:2306.00978"
+    walk_samples: ClassVar[int] = 0
 
     steps: int = 20
     positions: int = 512
@@ -51,11 +53,11 @@ class AWQ(Algorithm):
         check_integer("positions", self.positions, 1)
 
     @torch.no_grad()
-    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> bool:
-        """Scales every tensor that layers alone read, where it lessens the error. Returns whether there was one."""
+    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
+        """Scales every tensor that layers alone read, where it lessens the error. Returns their names."""
         connections = [c for c in find_connections(graph_module, samples) if not c.clips]
         if not connections:
-            return False
+            return set()
         inputs = self._inputs(graph_module, samples, connections, progress)
         scaling, method = ChannelScaling(graph_module), weight_method(graph_module)
         for connection in track(connections, "scaling weights", len(connections), progress):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph.ops import REARRANGEMENTS, SPLITS
+
 aten = torch.ops.aten
 
 OTHER = -1
@@ -44,36 +46,7 @@ _WINDOWS = {
     aten.upsample_bicubic2d.vec: 2,
     aten.upsample_trilinear3d.vec: 3,
 }
-_MOVES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.flip.default,
-    aten.roll.default,
-    aten.movedim.int,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.tensor_split.sections,
-    operator.getitem,
-}
+_MOVES = REARRANGEMENTS | SPLITS | {operator.getitem}
 _PADS = {aten.constant_pad_nd.default: 2, aten.pad.default: 3}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from ..graph.parameters import tensor_at
 from ..graph.record import record_of
-from .float_values import tensor_at
 from .layer import Layer
 from .layer_channels import channel_counts, input_maxima, times_inputs, times_outputs
 from .producers import Connection, Reader
@@ -26,6 +26,7 @@ class ChannelScaling:
         self._values: dict[str, Tensor] = {}
         self._layers: dict[str, Layer] = {}
         self._input_factors: dict[str, Tensor] = {}
+        self._changed: set[str] = set()
 
     def value(self, path: str) -> Tensor:
         """A parameter as it is now, float64."""
@@ -59,29 +60,31 @@ class ChannelScaling:
         for path in producer.vectors:
             value = self.value(path)
             self._values[path] = (value.flatten() / factors).reshape(value.shape)
+        self._changed |= connection.tensors
         for reader in connection.readers:
             self.times_inputs([reader.layer], reader.expand(factors))
 
-    def times_inputs(self, layers: Sequence[Layer], factors: Tensor) -> None:
-        """Multiplies the weights that read input channels, which whoever calls has divided."""
+    def times_inputs(self, layers: Sequence[Layer], factors: Tensor, divided: str | None = None) -> None:
+        """Multiplies the weights that read input channels, which whoever calls has divided: the tensor of that name."""
+        self._changed |= set() if divided is None else {divided}
         for layer in layers:
             self._values[layer.weight] = times_inputs(layer, self.value(layer.weight), factors)
             self._input_factors[layer.name] = self.input_factors(layer) * factors
             self._layers[layer.name] = layer
 
-    def store(self) -> bool:
+    def store(self) -> set[str]:
         """Puts the parameters in place and fits the step sizes of the changed weights anew.
 
         Returns:
-            Whether anything changed.
+            The names of the tensors whose values changed.
         """
         for path, value in self._values.items():
             _replace(self.graph_module, path, value)
         method = weight_method(self.graph_module)
         for layer in self._layers.values():
             layer.quantizer.fit(tensor_at(self.graph_module, layer.weight), method)
-        changed = bool(self._values)
-        self._values, self._layers = {}, {}
+        changed = self._changed
+        self._values, self._layers, self._changed = {}, {}, set()
         return changed
 
 

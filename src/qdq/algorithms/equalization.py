@@ -49,6 +49,7 @@ class Equalization(Algorithm):
 
     name: ClassVar[str] = "equalization"
     citation: ClassVar[str] = "Nagel et al. 2019, arXiv:1906.04721"
+    walk_samples: ClassVar[int] = 0
 
     iterations: int = 100
     tolerance: float = 1e-3
@@ -63,11 +64,11 @@ class Equalization(Algorithm):
             raise ValueError(f"activations must be True or False, not {self.activations!r}")
 
     @torch.no_grad()
-    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> bool:
-        """Equalizes every pair of layers. Returns whether there was one."""
+    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
+        """Equalizes every pair of layers. Returns the names of the tensors between them."""
         connections = [c for c in find_connections(graph_module, samples) if c.producer.layer is not None]
         if not connections:
-            return False
+            return set()
         pairs = [_Pair(c, self.clip_margin) for c in connections]
         observers = [o for pair in pairs for o in pair.observers(self.activations)]
         if observers:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..graph.parameters import tensor_at
 from ..integer_operations import IntegerOperation
 from ..progress import track
 
@@ -47,12 +48,6 @@ def operation_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
         return node.target
     module = graph_module.get_submodule(str(node.target))
     return module.operation if isinstance(module, IntegerOperation) else module
-
-
-def tensor_at(graph_module: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer at a dotted path."""
-    owner, _, leaf = path.rpartition(".")
-    return getattr(graph_module.get_submodule(owner), leaf).detach()
 
 
 class _FloatRun:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..affine_quantizer import AffineQuantizer
+from ..graph.insert import ORIGINAL_NAME
 from ..integer_operations import IntegerOperation
 from .layer import Layer, layers_of
 
@@ -73,5 +74,7 @@ def multiply(graph_module: fx.GraphModule, given: ScalableInput, factors: Tensor
         constant = graph_module.graph.get_attr(path)
         product = graph_module.graph.call_function(aten.mul.Tensor, (source, constant))
     product.meta = {k: v for k, v in source.meta.items() if k in ("val", "nn_module_stack")}
+    # No tensor of the captured graph has this name: what is known of one does not hold for the product.
+    product.meta[ORIGINAL_NAME] = path
     call.update_arg(0, product)
     graph_module.recompile()

@@ -47,15 +47,16 @@ class OutputRanges:
             return
         errors = dict.fromkeys(proposals, 0.0)
         given = _first(visit.values, self.samples)
+        several = len(visit.readers) + bool(visit.others) > 1
         for layer in visit.readers:
             weight = visit.walk.original(layer.weight)
-            expected = [layer.run(x, weight, None) for x in given]
-            total = sum(map(_squares, expected)) or 1.0
+            # Errors of several readers are compared by their share of what each computes.
+            total = sum(_squares(layer.run(x, weight, None)) for x in given) if several else 1.0
             for rule, (low, high) in proposals.items():
                 visit.quantizer.set_range(low, high)
-                outputs = (layer.run(visit.quantizer(x), weight, None) for x in given)
-                differences = (y - wanted for y, wanted in zip(outputs, expected, strict=True))
-                errors[rule] += sum(_squares(_centred(d, layer.output_axis)) for d in differences) / total
+                # A layer is linear: what it makes of the error is the error of what it computes.
+                differences = (layer.run(visit.quantizer(x) - x, weight, None) for x in given)
+                errors[rule] += sum(_squares(_centred(d, layer.output_axis)) for d in differences) / (total or 1.0)
         if visit.others or not visit.readers:
             total = sum(map(_squares, given)) or 1.0
             for rule, (low, high) in proposals.items():
@@ -87,6 +88,6 @@ def _squares(x: Tensor) -> float:
 
 
 def _centred(difference: Tensor, axis: int) -> Tensor:
-    """An error without the mean of every channel, which the bias can take."""
+    """An error without the mean of every channel, which the bias can take; in place."""
     others = [d for d in range(difference.dim()) if d != axis % difference.dim()]
-    return difference - difference.mean(others, keepdim=True)
+    return difference.sub_(difference.mean(others, keepdim=True))

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from ..affine_quantizer import AffineQuantizer
+from ..graph.insert import original_name
 from ..graph.ops import clip_bounds
+from ..graph.parameters import tensor_at
+from ..graph.record import record_of
 from .channel_labels import OTHER, along, pass_labels
-from .float_values import observe_float_values, operation_of, tensor_at
+from .float_values import observe_float_values, operation_of
 from .layer import Layer, layers_of
 from .layer_channels import channel_counts, channel_dim
 
@@ -109,12 +112,14 @@ class Connection:
         readers: the layers that read them, in the order of the graph.
         clips: on the way.
         free: bool [channels], those that layers alone read.
+        tensors: the names of all that holds the channels, from the producer to the readers.
     """
 
     producer: Producer
     readers: tuple[Reader, ...]
     clips: tuple[Clip, ...]
     free: Tensor
+    tensors: frozenset[str]
 
 
 def find_connections(graph_module: fx.GraphModule, samples: Sequence[Sequence[Any]]) -> list[Connection]:
@@ -122,9 +127,10 @@ def find_connections(graph_module: fx.GraphModule, samples: Sequence[Sequence[An
 
     Args:
         graph_module: quantized.
-        samples: of which the first batch is run, for the sizes of the tensors.
+        samples: of which the first batch is run, for the sizes of the tensors: two samples of it, where it may be
+            split.
     """
-    finder = _Finder(graph_module, _sizes(graph_module, samples[:1]))
+    finder = _Finder(graph_module, _sizes(graph_module, _few(graph_module, samples)))
     found = (finder.follow(producer) for producer in finder.producers())
     return [c for c in found if c.readers and bool(c.free.any())]
 
@@ -146,6 +152,11 @@ def _sizes(graph_module: fx.GraphModule, samples: Sequence[Sequence[Any]]) -> di
         progress=False,
     )
     return sizes
+
+
+def _few(graph_module: fx.GraphModule, samples: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    divisible = record_of(graph_module).contract.divisible
+    return [[x[:2] if divisible and isinstance(x, Tensor) else x for x in batch] for batch in samples[:1]]
 
 
 class _Finder:
@@ -194,7 +205,7 @@ class _Finder:
             else:
                 for source in given:
                     _withdraw(free, labels[source])
-        return Connection(producer, tuple(readers), tuple(clips), free)
+        return Connection(producer, tuple(readers), tuple(clips), free, frozenset(map(original_name, labels)))
 
     def _passed(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         operation = self.operations.get(node)

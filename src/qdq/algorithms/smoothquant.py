@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..graph.insert import original_name
 from .algorithm import Algorithm, Samples
 from .channel_scaling import ChannelScaling
 from .float_values import observe_float_values
@@ -51,6 +52,7 @@ class SmoothQuant(Algorithm):
 
     name: ClassVar[str] = "smoothquant"
     citation: ClassVar[str] = "Xiao et al. 2022, arXiv:2211.10438"
+    walk_samples: ClassVar[int] = 0
 
     alpha: float | str = "auto"
     multiply: bool = True
@@ -62,14 +64,14 @@ class SmoothQuant(Algorithm):
         if not isinstance(self.multiply, bool):
             raise ValueError(f"multiply must be true or false, not {self.multiply!r}")
 
-    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> bool:
-        """Scales every tensor that linears alone read. Returns whether there was one."""
+    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
+        """Scales every tensor that linears alone read. Returns the names of those."""
         connections = [c for c in find_connections(graph_module, samples) if not c.clips and _is_read_by_linears(c)]
         taken = {reader.layer.name for c in connections for reader in c.readers}
         inputs = scalable_inputs(graph_module) if self.multiply else []
         inputs = [i for i in inputs if taken.isdisjoint(layer.name for layer in i.readers)]
         if not connections and not inputs:
-            return False
+            return set()
         sources = {reader.source for c in connections for reader in c.readers} | {i.quantizer_call for i in inputs}
         rows = 1024 if self.alpha == "auto" else 0
         seen = {node: InputValues(rows // max(len(samples), 1) + 1 if rows else 0) for node in sources}
@@ -84,7 +86,7 @@ class SmoothQuant(Algorithm):
             factors = self._for_input(scaling, one, seen[one.quantizer_call])
             if factors is not None:
                 multiply(graph_module, one, (1 / factors).float())
-                scaling.times_inputs(one.readers, factors)
+                scaling.times_inputs(one.readers, factors, original_name(one.quantizer_call.all_input_nodes[0]))
                 logger.info("%s: a multiplication per channel was put before it", one.quantizer_call.target)
         return scaling.store()
 

@@ -8,7 +8,7 @@ ought to be. So each operation is settled knowing the errors of those before it,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..graph.parameters import tensor_at
 from ..integer_operations import IntegerOperation
 from ..progress import track
 from .layer import Layer, layers_of
@@ -35,6 +36,8 @@ class LayerVisit:
     def __init__(self, walk: Walk, layer: Layer, inputs: Values, float_inputs: Values) -> None:
         self.walk, self.layer, self.inputs, self.float_inputs = walk, layer, inputs, float_inputs
         self._float_outputs: Values | None = None
+        self._outputs: Values | None = None
+        self._bias_of_outputs: Tensor | None = None
 
     @property
     def float_outputs(self) -> Values:
@@ -64,13 +67,30 @@ class LayerVisit:
         """The bias of the quantized model, before it is quantized."""
         return None if self.layer.bias is None else self.walk.parameter(self.layer.bias)
 
-    def outputs(self) -> Iterable[Tensor]:
-        """What the layer gives in the quantized model, batch by batch, before its output is quantized."""
-        weight, bias = self.layer.quantizer(self.weight), self.bias
-        return (self.layer.run(x, weight, bias) for x in self.inputs)
+    @property
+    def outputs(self) -> Values:
+        """What the layer gives in the quantized model, one tensor per batch, before its output is quantized.
+
+        With the weight as it is; a bias that is set later is not in them.
+        """
+        if self._outputs is None:
+            weight, self._bias_of_outputs = self.layer.quantizer(self.weight), self.bias
+            self._outputs = [self.layer.run(x, weight, self._bias_of_outputs) for x in self.inputs]
+        return self._outputs
+
+    def final_outputs(self, bias: Tensor | None) -> Values | None:
+        """What the layer gives with its last weight and this bias, if that is known; it takes the outputs' memory."""
+        if self._outputs is None:
+            return None
+        if bias is not None and self._bias_of_outputs is not None:
+            shift = (bias - self._bias_of_outputs).reshape(-1, *[1] * (-1 - self.layer.output_axis))
+            for output in self._outputs:
+                output += shift
+        return self._outputs
 
     def set_weight(self, weight: Tensor) -> None:
         """Replaces the weight of the quantized model."""
+        self._outputs = None
         self.walk.replace(self.layer.weight, weight)
 
     def set_bias(self, bias: Tensor) -> None:
@@ -154,8 +174,7 @@ class Walk:
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer of the quantized model."""
-        owner, _, leaf = path.rpartition(".")
-        return getattr(self.graph_module.get_submodule(owner), leaf).detach()
+        return tensor_at(self.graph_module, path)
 
     def original(self, path: str) -> Tensor:
         """The same in the float model."""
@@ -206,23 +225,26 @@ class Walk:
                 self._visit_tensor(node, module, quantized, in_float, visitors)
             return [module(x, **node.kwargs) for x in quantized], in_float
         layer = self._layers.get(node)
-        known: Values | None = None
+        known: list[Values | None] = [None, None]
         if layer is not None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             visit = LayerVisit(self, layer, *values[source])
             for visitor in visitors:
                 visitor.visit_layer(visit)
-            known = visit.float_outputs
+            bias = node.args[2] if len(node.args) > 2 else None
+            known_bias = self._constant(bias, quantized=True) if isinstance(bias, fx.Node) else None
+            known = [visit.final_outputs(known_bias), visit.float_outputs]
         function: Any = module.operation if isinstance(module, IntegerOperation) else module or node.target
         constants = {
             quantized: {n: self._constant(n, quantized) for n in node.all_input_nodes if self._is_constant(n)}
             for quantized in (True, False)
         }
-        results = []
+        results: list[Values] = []
         for track_index, quantized in enumerate((True, False)):
-            if not quantized and known is not None:
-                results.append(known)
+            computed = known[track_index]
+            if computed is not None:
+                results.append(computed)
                 continue
             outputs = []
             for i in range(len(self.batches)):
@@ -230,7 +252,8 @@ class Walk:
                 def value(n: fx.Node, i: int = i, t: int = track_index, q: bool = quantized) -> Any:
                     return constants[q][n] if n in constants[q] else values[n][t][i]
 
-                args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                given: Any = fx.map_arg((node.args, node.kwargs), value)
+                args, kwargs = given
                 if node.op == "call_method":
                     outputs.append(getattr(args[0], str(node.target))(*args[1:], **kwargs))
                 else:

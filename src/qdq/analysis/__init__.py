@@ -1,1 +1,1 @@
-"""Analysis of quantized models: fidelity and latency."""
+"""Analysis of quantized models: fidelity, sensitivity and latency."""

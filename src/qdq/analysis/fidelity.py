@@ -142,9 +142,8 @@ class _Comparison(StandIn):
     def _compare(self, index: int, want: Tensor, got: Tensor) -> None:
         if want.shape != got.shape:
             raise DataError(
-                f"output {index} has shape {list(got.shape)} in the file and {list(want.shape)} in the "
-                "simulation: it is "
-                "another model's"
+                f"output {index} has shape {list(got.shape)} in the file and {list(want.shape)} in the simulation: it "
+                "is another model's"
             )
         if not want.is_floating_point():
             # A class or a mask has no distance: each that differs is noise of one unit.

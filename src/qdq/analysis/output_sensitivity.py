@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..batches import Inputs
 from ..errors import DataError, QdqError
-from ..graph.contract import describe_call
+from ..graph.contract import failing_on
 from ..graph.record import record_of
 from ..progress import track
 from ..stand_in import StandIn
@@ -118,15 +118,8 @@ class OutputSensitivity(StandIn):
         self.samples += count
 
     def _run(self, flat: Sequence[Any], inputs: Inputs) -> Values:
-        try:
+        with failing_on(self.calls, inputs):
             return self.graph.whole(flat)
-        except QdqError:
-            raise
-        except Exception as error:
-            given = describe_call(inputs)
-            raise DataError(
-                f"the model fails on batch {self.calls}, {given}: {type(error).__name__}: {error}"
-            ) from error
 
     def _tracked(self, noises: list[_Noise], what: str) -> Iterator[tuple[_Noise, Trial]]:
         label = f"each quantizer {what}, batch {self.calls + 1}"

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..graph.parameters import tensor_at
+
 Values = dict[fx.Node, Any]
 
 
@@ -83,8 +85,7 @@ class PartialRun:
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
-            owner, _, leaf = str(node.target).rpartition(".")
-            return getattr(self.graph_module.get_submodule(owner), leaf)
+            return tensor_at(self.graph_module, str(node.target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "call_module":
             return self.graph_module.get_submodule(str(node.target))(*args, **kwargs)

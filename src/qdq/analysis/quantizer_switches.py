@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..affine_quantizer import AffineQuantizer
 from ..calib.collectors import HistogramCollector
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..graph.parameters import tensor_at
 from ..graph.record import KEY
 from ..integer_operations import IntegerOperation
 from ..quiet import pytorch_internals
@@ -84,8 +85,8 @@ class QuantizerSwitches:
         """Path and value of the weight that a quantizer quantizes."""
         source = next(self.calls_of(name)).args[0]
         assert isinstance(source, fx.Node)
-        owner, _, leaf = str(source.target).rpartition(".")
-        return str(source.target), getattr(self.model.get_submodule(owner), leaf)
+        path = str(source.target)
+        return path, tensor_at(self.model, path)
 
     def _differs(self, name: str, before: Collection[str], after: Collection[str]) -> bool:
         return self._active(name, before) != self._active(name, after)

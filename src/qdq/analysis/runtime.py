@@ -99,8 +99,7 @@ class OnnxRuntimeRunner:
             if not all(isinstance(d, int) for d in shape) or value.type not in ("tensor(float)", "tensor(double)"):
                 raise DataError(
                     f"input {value.name!r} ({value.type}, shape {value.shape}) cannot be made up: pass "
-                    "inputs=[...], one "
-                    "array per input of the model"
+                    "inputs=[...], one array per input of the model"
                 )
             arrays.append(generator.standard_normal(shape).astype(NUMPY_TYPES[value.type]))
         return arrays

@@ -99,6 +99,22 @@ class SampleKeeper:
         )
 
 
+def evenly_spread(samples: Sequence[Inputs], most: int, *, divisible: bool) -> list[Inputs]:
+    """At most so many of the samples, evenly spread over them; one batch in any case.
+
+    Args:
+        samples: inputs of a model, per batch.
+        most: samples (dimension 0 of the first tensors).
+        divisible: whether a batch may be split along dimension 0 of all its tensors.
+    """
+    if count_samples(samples) <= most:
+        return list(samples)
+    keeper = SampleKeeper(most, divisible=divisible)
+    for inputs in samples:
+        keeper.add(inputs)
+    return keeper.samples()
+
+
 def count_samples(samples: Sequence[Inputs]) -> int:
     """Samples in all batches: the sizes of dimension 0 of the first tensors; a batch without one counts 1."""
     return sum(_size_of(inputs) for inputs in samples)

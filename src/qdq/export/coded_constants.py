@@ -11,33 +11,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..formats import E4M3, IntFormat
+from ..graph.ops import REARRANGEMENTS, SPLITS
 from ..kernels.reference import TINY_AMAX, affine_quantize, symmetric_quantize
 
 aten = torch.ops.aten
 
-_MOVES = {
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.movedim.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.flip.default,
-    aten.cat.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    operator.getitem,
-}
+_MOVES = REARRANGEMENTS | SPLITS | {aten.cat.default, operator.getitem}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +87,8 @@ def moved(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     first = known[sources[0]]
     if any(isinstance(known[n], list) or known[n].codes.dtype != first.codes.dtype for n in sources):
         return None
-    codes = _run(node, {n: known[n].codes.view(torch.int8) for n in sources})
-    steps = _run(node, {n: known[n].step_size.expand(known[n].codes.shape) for n in sources})
+    codes = _run(node, {n: known[n].codes.contiguous().view(torch.int8) for n in sources})
+    steps = _run(node, {n: known[n].step_size.expand(known[n].codes.shape).contiguous() for n in sources})
     parts = []
     for code, step in zip(pytree.tree_leaves(codes), pytree.tree_leaves(steps), strict=True):
         step = _compressed(step)

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..errors import CalibrationError
-from ..graph.fold import attribute
 from ..graph.ops import WEIGHT_ONLY, Kind, kind_of, rank_of
+from ..graph.parameters import tensor_at
 from ..graph.record import KEY, Record
 from ..graph.targets import Target
 from ..integer_operations import BlockRounding, IntegerOperation
@@ -85,7 +85,7 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(module, WeightQuantizer):
             parameter = node.args[0]
             assert isinstance(parameter, fx.Node)
-            codes = module.codes(attribute(lowered, str(parameter.target)))
+            codes = module.codes(tensor_at(lowered, str(parameter.target)))
             constant = ConstantDequantizer(
                 module.name, codes, module.step_size, module.axis, module.block_size, module.stored_bits
             )
@@ -104,7 +104,7 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _lower_bias(lowered: fx.GraphModule, node: fx.Node, module: BiasQuantizer) -> None:
-    bias, input_step, weight_step = (attribute(lowered, str(a.target)) for a in node.args)  # type: ignore[union-attr]
+    bias, input_step, weight_step = (tensor_at(lowered, str(a.target)) for a in node.args)  # type: ignore[union-attr]
     step = (input_step.double() * weight_step.double()).float()
     codes = module.codes(bias, input_step, weight_step)
     constant = ConstantDequantizer(module.name, codes, step, 0 if step.dim() else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -257,12 +258,7 @@ class _Conversion:
             )
 
     def _name(self, path: str) -> str:
-        """A free name in the graph, without the underscores of Python attributes, as `qdq.quantize` gives them."""
-        owner, _, leaf = path.rpartition(".")
-        base = ".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p)
-        free, count = base, 1
-        while free in self.names or has_path(self.graph_module, free):
-            free, count = f"{base}_{count}", count + 1
+        free = free_name(path, lambda name: name in self.names or has_path(self.graph_module, name))
         self.names.add(free)
         return free
 
@@ -278,6 +274,16 @@ def _check_axes(path: str, amax: Tensor) -> None:
         raise ExportError(
             f"the quantizer {path!r} has an amax of shape {tuple(amax.shape)}, over several axes: ONNX takes one axis"
         )
+
+
+def free_name(path: str, is_taken: Callable[[str], bool]) -> str:
+    """A free name for a quantizer, without the underscores of Python attributes, as `qdq.quantize` gives them."""
+    owner, _, leaf = path.rpartition(".")
+    base = ".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p)
+    free, count = base, 1
+    while is_taken(free):
+        free, count = f"{base}_{count}", count + 1
+    return free
 
 
 def has_path(module: nn.Module, path: str) -> bool:

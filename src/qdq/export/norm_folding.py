@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph.fold import add_parameter, evaluate, get_attribute
+from ..graph.fold import evaluate
 from ..graph.ops import WEIGHTED, Kind, is_constant, kind_of, rank_of
+from ..graph.parameters import add_parameter, get_attribute
 from .coded_constants import CodedConstant
 
 logger = logging.getLogger("qdq.export")

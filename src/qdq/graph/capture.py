@@ -15,7 +15,7 @@ from ..errors import CaptureError, DataError
 from ..quiet import pytorch_internals
 from .canonical import CANONICAL_FORMS
 from .capture_errors import check_output, does_not_run, fixes_batch_of_one, not_captured
-from .example import check_example, dynamic_batch, eval_copy, name_keywords, run_example, widened
+from .example import check_example, dynamic_batch, eval_copy, name_keywords, run_example, shortened, widened
 
 RANGES = "qdq_ranges"
 
@@ -49,7 +49,7 @@ def capture(
         raise DataError(f"dynamic_shapes must be None, 'static' or what torch.export takes, not {dynamic_shapes!r}")
     with torch.no_grad(), _plain_attention(), pytorch_internals():
         try:
-            check_output(run_example(model, inputs))
+            check_output(_first_run(model, inputs, dynamic_shapes))
         except CaptureError:
             raise
         except Exception as error:
@@ -73,6 +73,15 @@ def capture(
     _remove_guards(graph_module)
     _keep_ranges(graph_module, program)
     return graph_module
+
+
+def _first_run(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Any:
+    """The output on the example; on two samples of it, where any batch size is to do and the model runs on them."""
+    few = shortened(inputs) if dynamic_shapes is None else inputs
+    if few is not inputs:
+        with contextlib.suppress(Exception):
+            return run_example(model, few)
+    return run_example(model, inputs)
 
 
 def _widen(model: nn.Module, inputs: Inputs) -> Inputs:
@@ -106,8 +115,7 @@ def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
         kind = "buffer or input"
         raise CaptureError(
             f"the model writes to the {kind} {mutated[0]!r} in eval mode; a deployed graph has no state: return "
-            "the new "
-            "value instead of storing it"
+            "the new value instead of storing it"
         )
     tokens = [s for s in program.graph_signature.input_specs if s.kind == InputKind.TOKEN]
     if tokens:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..batches import Inputs, describe
-from ..errors import DataError
+from ..errors import DataError, QdqError
 from .capture import RANGES
 
 
@@ -89,6 +91,23 @@ class InputContract:
         bound = self.signature.bind(*args, **kwargs)
         example = pytree.tree_unflatten([None] * self._structure.num_leaves, self._structure)
         return _in_order((bound.args, bound.kwargs), example)
+
+
+@contextmanager
+def failing_on(batch: int, inputs: Inputs) -> Iterator[None]:
+    """A block in which a model runs on a batch: what goes wrong there is told with the batch.
+
+    Raises:
+        DataError: for every error but those of qdq.
+    """
+    try:
+        yield
+    except QdqError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the model fails on batch {batch}, {describe_call(inputs)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def describe_call(inputs: Inputs) -> str:

@@ -91,6 +91,14 @@ def widened(inputs: Inputs) -> Inputs:
     return cast(Inputs, pytree.tree_map(widen, inputs))
 
 
+def shortened(inputs: Inputs) -> Inputs:
+    """The first two samples of an example; the example itself where leading sizes differ or there are no more."""
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in _tensors(inputs)}
+    if len(sizes) != 1 or min(sizes) <= 2:
+        return inputs
+    return cast(Inputs, pytree.tree_map(lambda x: x[:2] if isinstance(x, torch.Tensor) else x, inputs))
+
+
 def dynamic_batch(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """`dynamic_shapes` with dimension 0 dynamic in every input where it is above 1."""
 

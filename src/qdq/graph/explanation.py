@@ -7,6 +7,7 @@ from collections import Counter
 
 from torch import fx
 
+from ..recipe import Recipe
 from .ops import Kind, is_float, kind_of, module_path, operation_name, weight_position
 from .place import Plan
 
@@ -40,10 +41,17 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """All tensors of a quantized model; printing it gives a table and a summary."""
+    """All tensors of a quantized model; printing it gives a table and a summary.
+
+    Attributes:
+        target: name of the target.
+        entries: in the order of the graph.
+        recipe: what the model was quantized by; with `tune` the recipe that resulted.
+    """
 
     target: str
     entries: tuple[Entry, ...]
+    recipe: Recipe
 
     def __iter__(self):
         return iter(self.entries)
@@ -92,12 +100,20 @@ class Explanation:
 
 
 def explain_plan(
-    graph: fx.Graph, plan: Plan, target: str, quantizers: dict[fx.Node, str], weights: dict[fx.Node, str | None]
+    graph: fx.Graph,
+    plan: Plan,
+    target: str,
+    recipe: Recipe,
+    quantizers: dict[fx.Node, str],
+    weights: dict[fx.Node, str | None],
 ) -> Explanation:
     """The explanation of a placement.
 
     Args:
         graph: before quantizers are inserted.
+        plan: the placement.
+        target: name of the target.
+        recipe: what the placement was made by.
         quantizers: quantized tensor -> path of its quantizer.
         weights: `get_attr` node of a weight or bias -> path of its quantizer, None in float.
     """
@@ -110,7 +126,7 @@ def explain_plan(
             entries.append(_parameter(node, plan, weights))
         elif node.op in ("placeholder", "call_function") and is_float(node) and not _constant(node):
             entries.append(_activation(node, plan, quantizers, by_quantizer))
-    return Explanation(target, tuple(entries))
+    return Explanation(target, tuple(entries), recipe)
 
 
 def _constant(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .ops import WEIGHTED, Kind, is_constant, kind_of, rank_of, value_of, weight_position
+from .parameters import add_parameter, get_attribute, tensor_at
 
 aten = torch.ops.aten
 
@@ -117,7 +118,7 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
 def evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     """The value of a node that depends on parameters, buffers and literals alone."""
     if node.op == "get_attr":
-        return attribute(graph_module, str(node.target))
+        return tensor_at(graph_module, str(node.target))
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: evaluate(graph_module, n))
     with torch.no_grad():
         return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
@@ -138,7 +139,7 @@ def _fold_batch_norm(graph_module: fx.GraphModule, norm: fx.Node) -> None:
     gamma, beta, mean, variance = (_constant(graph_module, a) for a in norm.args[1:5])
     epsilon = norm.args[6]
     assert isinstance(epsilon, float) and mean is not None and variance is not None
-    weight = attribute(graph_module, str(weight_node.target)).double()
+    weight = tensor_at(graph_module, str(weight_node.target)).double()
     bias = _constant(graph_module, bias_node)
     factor = (variance.double() + epsilon).rsqrt()
     if gamma is not None:
@@ -189,37 +190,6 @@ def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> fx.Nod
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         return node
     return get_attribute(graph_module, add_parameter(graph_module, f"{name}_folded", value), node)
-
-
-def add_parameter(graph_module: fx.GraphModule, name: str, value: Tensor) -> str:
-    """Registers a parameter at a dotted path (made where it is missing), and returns the free name that it got."""
-    owner, _, leaf = name.rpartition(".")
-    module: nn.Module = graph_module
-    for part in owner.split(".") if owner else []:
-        if not isinstance(getattr(module, part, None), nn.Module):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    free, count = leaf, 1
-    while hasattr(module, free):
-        free, count = f"{leaf}_{count}", count + 1
-    module.register_parameter(free, nn.Parameter(value.detach().clone(), requires_grad=False))
-    return f"{owner}.{free}" if owner else free
-
-
-def get_attribute(graph_module: fx.GraphModule, name: str, like: fx.Node) -> fx.Node:
-    """A `get_attr` node for a parameter, at the graph's insertion point, with the meta data of a node like it."""
-    node = graph_module.graph.get_attr(name)
-    value = attribute(graph_module, name)
-    template = value_of(like)
-    mode = getattr(template, "fake_mode", None)
-    node.meta = {"val": mode.from_tensor(value) if mode is not None else value, "qdq_constant": True}
-    return node
-
-
-def attribute(graph_module: fx.GraphModule, name: str) -> Tensor:
-    """The tensor at a dotted path of the graph module."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(graph_module.get_submodule(owner), leaf).detach()
 
 
 def _remove_unused_parameters(graph_module: fx.GraphModule) -> None:

@@ -20,7 +20,6 @@ from ..integer_operations import (
 )
 from ..recipe import Recipe
 from .explanation import Explanation, explain_plan
-from .fold import attribute
 from .ops import (
     WEIGHT_ONLY,
     Kind,
@@ -34,6 +33,7 @@ from .ops import (
     rank_of,
     weight_position,
 )
+from .parameters import tensor_at
 from .place import Plan, block_size_of, names_of, tail
 from .targets import Target, reduces_range
 
@@ -66,6 +66,11 @@ EXACT_FORMS: dict[Kind, type[IntegerOperation]] = {
 
 # In the meta of a module that replaced an operation: the name of that node, by which recipes may speak of it.
 ORIGINAL_NAME = "qdq_original_name"
+
+
+def original_name(node: fx.Node) -> str:
+    """The name of a tensor in the captured graph, before operations were replaced by modules that simulate them."""
+    return str(node.meta.get(ORIGINAL_NAME, node.name))
 
 
 # A parameter, its output-channel axis, and its block size or None.
@@ -106,7 +111,7 @@ class _Insertion:
                 self.biases[node] = name
                 parameters[bias] = name
         quantizers = {t: self.activations[self.plan.root(t)] for t in self.plan.tensors}
-        return explain_plan(self.graph, self.plan, self.target.name, quantizers, parameters)
+        return explain_plan(self.graph, self.plan, self.target.name, self.recipe, quantizers, parameters)
 
     def edit(self) -> None:
         calls: dict[_WeightKey, fx.Node] = {}
@@ -168,7 +173,7 @@ class _Insertion:
             assert isinstance(source, fx.Node) and isinstance(weights, WeightQuantizer)
             if node in self.plan.operations or self.kinds[node] not in (Kind.LINEAR, Kind.MATMUL):
                 continue
-            if attribute(self.graph_module, key[0]).dim() != 2:
+            if tensor_at(self.graph_module, key[0]).dim() != 2:
                 continue
             node.meta[WEIGHT_ONLY] = True
             if self.target.rounds_inputs is None:
@@ -217,7 +222,7 @@ class _Insertion:
         if reduced and not self.target.pairs:
             bits = min(bits, 7)
         pairs_axis = key[1] if reduced and self.target.pairs and bits == 8 else None
-        value = attribute(self.graph_module, key[0])
+        value = tensor_at(self.graph_module, key[0])
         name = self._free(f"{key[0]}_quantizer")
         in_float = not readers and all(self.kinds[n] is not Kind.EMBEDDING for n in all_readers)
         quantizer = WeightQuantizer(

@@ -34,45 +34,61 @@ class Kind(str, Enum):
 # Bounds (the least and the largest value a clip lets through) are read from the node by `clip_bounds`.
 _CLIPS = {aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.relu6.default}
 
-_MOVES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.repeat.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.index_select.default,
-    aten.flip.default,
-    aten.roll.default,
-    aten.movedim.int,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
-    aten.upsample_nearest1d.vec,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest3d.vec,
-}
+# Each value of the result is a value of the one input, from a place that shapes and literals alone decide: what holds
+# for single values (codes, channels, places) can be moved by the same operation, in any dtype.
+REARRANGEMENTS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.flip.default,
+        aten.roll.default,
+        aten.movedim.int,
+        aten.pixel_shuffle.default,
+        aten.pixel_unshuffle.default,
+        aten.channel_shuffle.default,
+    }
+)
 
-_SPLITS = {
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.tensor_split.sections,
-}
+# The same, into several results, which `getitem` nodes pick.
+SPLITS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.tensor_split.sections,
+    }
+)
+
+# What moves values besides: another tensor or the values themselves decide the place, or float tensors alone are taken.
+_MOVES = (
+    REARRANGEMENTS
+    | SPLITS
+    | {
+        aten.index_select.default,
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.max_pool3d.default,
+        aten.upsample_nearest1d.vec,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_nearest3d.vec,
+    }
+)
 
 # Functions of one tensor, value by value, or with a constant operand.
 _POINTWISE = {
@@ -128,7 +144,7 @@ _KINDS: dict[Any, Kind] = {
     aten.avg_pool2d.default: Kind.AVERAGE_POOL,
     aten.avg_pool3d.default: Kind.AVERAGE_POOL,
     **dict.fromkeys(_CLIPS, Kind.CLIP),
-    **dict.fromkeys(_MOVES | _SPLITS, Kind.MOVE),
+    **dict.fromkeys(_MOVES, Kind.MOVE),
     **dict.fromkeys(_POINTWISE, Kind.POINTWISE),
 }
 
@@ -144,7 +160,7 @@ def kind_of(node: fx.Node) -> Kind:
         return Kind.OTHER
     if node.target is operator.getitem:
         source = node.args[0]
-        if isinstance(source, fx.Node) and source.target in _SPLITS:
+        if isinstance(source, fx.Node) and source.target in SPLITS:
             return Kind.MOVE
         if isinstance(source, fx.Node) and source.target is aten._native_batch_norm_legit_no_training.default:
             return Kind.POINTWISE
@@ -241,16 +257,12 @@ def rank_of(node: fx.Node) -> int:
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:
     """The float tensors that a node computes from, without constants (weights, biases)."""
-    return [n for n in node.all_input_nodes if not is_constant(n) and (is_float(n) or _is_split(n))]
-
-
-def _is_split(node: fx.Node) -> bool:
-    return node.target in _SPLITS
+    return [n for n in node.all_input_nodes if not is_constant(n) and (is_float(n) or is_split(n))]
 
 
 def is_split(node: fx.Node) -> bool:
     """Whether a node gives a list of parts of its input, which `getitem` nodes pick."""
-    return _is_split(node)
+    return node.target in SPLITS
 
 
 def weight_position(node: fx.Node) -> tuple[int, int] | None:

@@ -19,9 +19,8 @@ class Rule:
     Attributes:
         kind: the operations that the row is about.
         role: "compute" operations are always quantized: they ask for quantized inputs (and a quantized weight).
-            "follow"
-            operations run in integers where their neighbours do, and stay in float otherwise. "weight" operations
-            have a quantized weight and compute in float.
+            "follow" operations run in integers where their neighbours do, and stay in float otherwise. "weight"
+            operations have a quantized weight and compute in float.
         output: whether the runtime needs a quantized output to run the operation in integers.
         shared: whether inputs and output share one quantizer.
         note: what the runtime makes of it, in its own words for the operation.
@@ -48,8 +47,7 @@ class Target:
         exact: whether operations are simulated in the runtime's own integer arithmetic (`qdq.integer_operations`).
         opset: of the exported file.
         reduce_range: weights whose products cannot saturate at 16 bits: "auto" where this machine's x86 processor
-            has no
-            VNNI, True or False.
+            has no VNNI, True or False.
         pairs: how range is reduced: only where two neighbouring codes would saturate (the order in which the runtime
             multiplies is known), or to 7 bits for all.
         int4: weights of at most 4 bits, where they are computed with in float, are stored as INT4.

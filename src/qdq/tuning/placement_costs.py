@@ -8,13 +8,23 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from .analysis.conversion_times import ConversionTimes
-from .analysis.operation_times import NodeTime
-from .export.marked_file import MarkedFile
-from .graph.cheapest_placement import Cost, Crossing, cheapest_placement
-from .graph.ops import Kind, data_inputs, is_constant, is_float, kind_of, module_path, operation_name, rank_of, value_of
-from .graph.place import Plan, names_of, tail
-from .recipe import matches
+from ..analysis.conversion_times import ConversionTimes
+from ..analysis.operation_times import NodeTime
+from ..export.marked_file import MarkedFile
+from ..graph.cheapest_placement import Cost, Crossing, cheapest_placement
+from ..graph.ops import (
+    Kind,
+    data_inputs,
+    is_constant,
+    is_float,
+    kind_of,
+    module_path,
+    operation_name,
+    rank_of,
+    value_of,
+)
+from ..graph.place import Plan, names_of, tail
+from ..recipe import matches
 
 
 @dataclasses.dataclass(frozen=True)

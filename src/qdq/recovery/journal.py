@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .atomic_file import replaced_at_once
-from .calib.statistics import Statistics
-from .calib.storage import load, save
-from .errors import DataError, RecipeError
-from .recipe import Recipe
-from .recovery_ladder import same_recipe
-from .recovery_result import Rung
+from ..atomic_file import replaced_at_once
+from ..calib.statistics import Statistics
+from ..calib.storage import load, save
+from ..errors import DataError, RecipeError
+from ..recipe import Recipe
+from .ladder import same_recipe
+from .result import Rung
 
 FORMAT, VERSION = "qdq.recovery", 1
 # The metric of the float model may differ by as much from call to call: sums in another order.
@@ -36,7 +36,6 @@ class Journal:
         deploy_target: name of the target.
         target: the share of the float model's metric that is asked for.
         baseline: the metric of the float model.
-        norms: whether the model has layer norms and linears.
         float_size: bytes of the float model's file.
         orders: what was changed -> patterns of the layers, the worst first.
         rungs: evaluated.
@@ -49,7 +48,6 @@ class Journal:
     deploy_target: str
     target: float
     baseline: float
-    norms: bool
     float_size: int | None = None
     orders: dict[str, list[list[str]]] = dataclasses.field(default_factory=dict)
     rungs: list[Rung] = dataclasses.field(default_factory=list)
@@ -182,7 +180,6 @@ def _journal(data: dict[str, Any]) -> Journal:
         start=Recipe.from_dict(_kept(data, "start", dict)),
         target=_number(data, "target"),
         baseline=_number(data, "baseline"),
-        norms=_kept(data, "norms", bool),
         float_size=_kept(data, "float_size", int, optional=True),
         orders=orders,
         rungs=[_rung(rung) for rung in _kept(data, "rungs", list)],

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from .algorithms.float_values import tensor_at
-from .errors import QdqError
-from .graph.fold import add_parameter, evaluate, get_attribute
-from .graph.ops import WEIGHTED, is_constant, kind_of
-from .kernels.operations import FAKE_TENSOR_QUANT, SCALED_E4M3
+from ..errors import QdqError
+from ..graph.fold import evaluate
+from ..graph.ops import WEIGHTED, is_constant, kind_of
+from ..graph.parameters import add_parameter, get_attribute, tensor_at
+from ..kernels.operations import FAKE_TENSOR_QUANT, SCALED_E4M3
 
 QUANTIZE = (FAKE_TENSOR_QUANT, SCALED_E4M3)
 

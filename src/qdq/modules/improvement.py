@@ -9,21 +9,21 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .algorithms.algorithm import Algorithm
-from .algorithms.bias_correction import BiasCorrection
-from .algorithms.equalization import Equalization
-from .algorithms.registry import algorithms_of
-from .algorithms.walk import Walk
-from .batches import Batches, signature_of
-from .calib.statistics import SampleKeeper
-from .calibration import constants_in_float
-from .errors import CalibrationError, DataError, QdqError
-from .export.module_graph import has_quantizers
-from .graph.example import runs_on
-from .graph.record import KEY, record_of
-from .module_view import ModuleView
-from .progress import track
-from .recipe import Recipe
+from ..algorithms.algorithm import Algorithm
+from ..algorithms.bias_correction import BiasCorrection
+from ..algorithms.equalization import Equalization
+from ..algorithms.registry import algorithms_of
+from ..algorithms.walk import Walk
+from ..batches import Batches, signature_of
+from ..calib.statistics import SampleKeeper
+from ..calibration import constants_in_float
+from ..errors import CalibrationError, DataError, QdqError
+from ..export.module_graph import has_quantizers
+from ..graph.example import runs_on
+from ..graph.record import KEY, record_of
+from ..progress import track
+from ..recipe import Recipe
+from .view import ModuleView
 
 logger = logging.getLogger(__name__)
 

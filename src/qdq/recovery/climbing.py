@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import api
-from .algorithms.registry import algorithms_of
-from .calib.statistics import Statistics, count_samples
-from .errors import DataError, QdqError, RecipeError
-from .graph.example import eval_copy
-from .graph.record import KEY, record_of
-from .graph.targets import Target, find_target
-from .layer_sensitivity import sensitivity
-from .recipe import Recipe
-from .recovery_files import DeployedFiles
-from .recovery_journal import (
+from .. import api
+from ..algorithms.registry import algorithms_of
+from ..calib.statistics import Statistics, count_samples
+from ..errors import DataError, QdqError, RecipeError
+from ..graph.example import eval_copy
+from ..graph.record import KEY, record_of
+from ..graph.targets import Target, find_target
+from ..layer_sensitivity import sensitivity
+from ..recipe import Recipe
+from ..stand_in import StandIn
+from .files import DeployedFiles
+from .journal import (
     Journal,
     fingerprint,
     read_journal,
@@ -36,9 +37,8 @@ from .recovery_journal import (
     store_statistics,
     write_journal,
 )
-from .recovery_ladder import FULL_BITS, climb, same_recipe
-from .recovery_result import Recovery, Rung, pareto_front
-from .stand_in import StandIn
+from .ladder import FULL_BITS, climb, same_recipe
+from .result import Recovery, Rung, pareto_front
 
 logger = logging.getLogger("qdq.recovery")
 
@@ -64,11 +64,11 @@ def recover(
 ) -> Recovery:
     """Quantizes a model in better and better ways until it keeps a share of its accuracy, or the budget is spent.
 
-    The recipe given comes first. Then one thing after another is changed: calibration and bias correction,
-    equalization, SmoothQuant, weights per channel, AdaRound, 8 bits for weights of fewer, the worst layers with float
-    activations and in float altogether, fine-tuning. What raises the metric is kept, and what comes next builds on it.
-    All recipes are quantized from the statistics of one pass over the data. Each is evaluated in its simulation,
-    exported for its size, and timed in turn with the float model.
+    The recipe given comes first. Then one thing after another is changed that it has not yet: calibration and
+    algorithms of the default recipe, equalization, weights per channel, AdaRound, 8 bits for weights of fewer, the
+    worst layers with float activations and in float altogether, fine-tuning. What raises the metric is kept, and what
+    comes next builds on it. All recipes are quantized from the statistics of one pass over the data. Each is evaluated
+    in its simulation, exported for its size, and timed in turn with the float model.
 
     Args:
         model: float32; it is not changed.
@@ -123,11 +123,9 @@ def recover(
         known.check(path, {"baseline": _baseline(evaluate, model)})
         statistics = restore_statistics(path, known)
     else:
-        collected = _collect(model, batches, where, recipe, inputs_of, progress)
-        statistics = record_of(collected).statistics
-        assert statistics is not None
+        statistics = _collect(model, batches, where, recipe, inputs_of, progress)
         begin = _without_tuning(model, statistics, where, recipe, progress)
-        known = Journal(**asked, start=begin, baseline=_baseline(evaluate, model), norms=_has_norms(collected))
+        known = Journal(**asked, start=begin, baseline=_baseline(evaluate, model))
         if path is not None:
             _check_json(recipe)
             known.statistics = store_statistics(path, statistics)
@@ -164,7 +162,7 @@ class _Work:
     def run(self, deadline: float) -> Recovery:
         """Climbs until the goal is reached, the time is past or there is nothing left to try."""
         before = list(self.journal.rungs)
-        rungs = climb(self.journal.start, lambda: self._best().recipe, self._worst, self.journal.norms)
+        rungs = climb(self.journal.start, lambda: self._best().recipe, self._worst)
         while not self._reached():
             if len(self.done) >= max(len(before), 1) and time.monotonic() >= deadline:
                 logger.info("the budget is spent")
@@ -300,10 +298,14 @@ def _collect(
     recipe: Recipe,
     inputs_of: Callable[[Any], Any] | None,
     progress: bool,
-) -> fx.GraphModule:
-    """The model with all quantizers that any rung may have, for their statistics."""
+) -> Statistics:
+    """Of all quantizers that any rung may have."""
     widest = dataclasses.replace(recipe, algorithms={}, calibration="max", overrides={}, exclude=(), tune=None)
-    return api.quantize(model, batches, target, widest, progress=progress, inputs_of=inputs_of)
+    statistics = record_of(
+        api.quantize(model, batches, target, widest, progress=progress, inputs_of=inputs_of)
+    ).statistics
+    assert statistics is not None
+    return statistics
 
 
 def _without_tuning(model: nn.Module, statistics: Statistics, target: Target, recipe: Recipe, progress: bool) -> Recipe:
@@ -314,11 +316,6 @@ def _without_tuning(model: nn.Module, statistics: Statistics, target: Target, re
     tuned = record_of(api.quantize(model, statistics, target, ranges_alone, progress=progress)).recipe
     assert tuned is not None
     return dataclasses.replace(recipe, exclude=tuned.exclude, tune=None)
-
-
-def _has_norms(graph_module: fx.GraphModule) -> bool:
-    """Whether there are layer norms, whose large channels SmoothQuant is for."""
-    return any("layer_norm" in str(n.target) or "rms_norm" in str(n.target) for n in graph_module.graph.nodes)
 
 
 def _metric_of(evaluate: Evaluate, model: nn.Module, what: str) -> float:

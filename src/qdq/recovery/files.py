@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import api
-from .analysis.latency import measure
-from .batches import signature_of
-from .calib.statistics import Statistics
-from .errors import QdqError, RuntimeMissingError
-from .graph.record import record_of
-from .graph.targets import ONNXRUNTIME, Target
+from .. import api
+from ..analysis.latency import measure
+from ..batches import signature_of
+from ..calib.statistics import Statistics
+from ..errors import QdqError, RuntimeMissingError
+from ..graph.record import record_of
+from ..graph.targets import ONNXRUNTIME, Target
 
 logger = logging.getLogger("qdq.recovery")
 

@@ -8,27 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .affine_quantizer import AffineQuantizer
-from .algorithms.float_values import Observer, observe_float_values, tensor_at
-from .algorithms.layer import Layer, layers_of
-from .batches import Inputs, signature_of
-from .calibration import activation_quantizers
-from .constant_quantizers import WeightQuantizer
-from .errors import CalibrationError
-from .export.module_graph import check_stages, has_path, keep_quantizers, path_of
-from .formats import E4M3, IntFormat
-from .graph.capture import capture
-from .graph.contract import InputContract
-from .graph.fold import add_parameter, evaluate, fold, get_attribute
-from .graph.ops import WEIGHTED, Kind, is_constant, kind_of, rank_of, value_of
-from .graph.record import KEY, Record
-from .kernels.operations import FAKE_TENSOR_QUANT
-from .kernels.reference import TINY_AMAX
-from .module_parameters import QUANTIZE, ModuleParameters
-from .module_writing import write_changes
-from .quantizer import TensorQuantizer
-from .recipe import Recipe
+from ..affine_quantizer import AffineQuantizer
+from ..algorithms.float_values import Observer, observe_float_values
+from ..algorithms.layer import Layer, layers_of
+from ..batches import Inputs, signature_of
+from ..calibration import activation_quantizers
+from ..constant_quantizers import WeightQuantizer
+from ..errors import CalibrationError
+from ..export.module_graph import check_stages, free_name, has_path, keep_quantizers, path_of
+from ..formats import E4M3, IntFormat
+from ..graph.capture import capture
+from ..graph.contract import InputContract
+from ..graph.fold import evaluate, fold
+from ..graph.ops import WEIGHTED, Kind, is_constant, kind_of, rank_of, value_of
+from ..graph.parameters import add_parameter, get_attribute, tensor_at
+from ..graph.record import KEY, Record
+from ..kernels.operations import FAKE_TENSOR_QUANT
+from ..kernels.reference import TINY_AMAX
+from ..quantizer import TensorQuantizer
+from ..recipe import Recipe
+from .parameters import QUANTIZE, ModuleParameters
 from .unchanged_quantizers import UnchangedQuantizer, UnchangedWeightQuantizer
+from .writing import write_changes
 
 aten = torch.ops.aten
 
@@ -260,13 +261,7 @@ class ModuleView:
         return self._add(affine, path)
 
     def _free(self, path: str) -> str:
-        """A free name in the graph, without the underscores of Python attributes."""
-        owner, _, leaf = path.rpartition(".")
-        base = ".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p)
-        free, count = base, 1
-        while has_path(self.graph_module, free):
-            free, count = f"{base}_{count}", count + 1
-        return free
+        return free_name(path, lambda name: has_path(self.graph_module, name))
 
     def _add(self, quantizer: AffineQuantizer | WeightQuantizer, path: str) -> str:
         self.graph_module.add_submodule(quantizer.name, quantizer)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calib.calibrator import Calibrator
-from .calib.histogram import HistogramCalibrator
-from .calib.max import MaxCalibrator
-from .errors import CalibrationError, QdqError
-from .quantizer import TensorQuantizer
+from ..calib.calibrator import Calibrator
+from ..calib.histogram import HistogramCalibrator
+from ..calib.max import MaxCalibrator
+from ..errors import CalibrationError, QdqError
+from ..quantizer import TensorQuantizer
 
 # The searches of amax begin at bin 128.
 _FEWEST_BINS = 128

@@ -7,44 +7,35 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .algorithms.registry import ALGORITHMS
-from .descriptor import QuantDescriptor
-from .recipe import Recipe
+from ..descriptor import QuantDescriptor
+from ..recipe import Recipe
 
-# What changes the float weights comes before what rounds them, then the correction of biases, then training.
-_ORDER = (
-    "equalization",
-    "smoothquant",
-    "awq",
-    "weight_clipping",
-    "gptq",
-    "adaround",
-    "block_reconstruction",
-    "bias_correction",
-    "fine_tuning",
-)
+# What rungs add, in the order of application: what changes the float weights comes before what rounds them, then the
+# correction of biases, then training.
+_ADDED = ("equalization", "smoothquant", "adaround", "bias_correction", "fine_tuning")
 # Each sets the codes of a layer by itself.
 _ROUNDINGS = ("gptq", "adaround", "block_reconstruction")
+# As rungs are named.
+_NAMES = {"smoothquant": "SmoothQuant", "bias_correction": "bias correction"}
 FULL_BITS = 8
 
 # The names of a layer's weight, from the layer that costs most on.
 Order = Sequence[Sequence[str]]
 
 
-def climb(
-    start: Recipe, best: Callable[[], Recipe], worst: Callable[[str], Order], norms: bool
-) -> Iterator[tuple[str, Recipe]]:
-    """The rungs, name and recipe, none twice. Each is made when it is asked for, from the best recipe by then.
+def climb(start: Recipe, best: Callable[[], Recipe], worst: Callable[[str], Order]) -> Iterator[tuple[str, Recipe]]:
+    """The rungs, name and recipe. Each is made when it is asked for, from the best recipe by then.
+
+    No recipe comes twice: a rung that would not change the best one, as that has what the rung adds, is left out.
 
     Args:
         start: the user's recipe, the first rung.
         best: the best recipe so far.
         worst: takes "8 bits" or "float" and gives patterns of the layers that could be changed so, the worst first.
-        norms: whether the model has layer norms and linears.
     """
     tried = [start]
     yield "as given", start
-    for name, recipe in _rungs(best, worst, norms):
+    for name, recipe in _rungs(best, worst):
         if not any(same_recipe(recipe, other) for other in tried):
             tried.append(recipe)
             yield name, recipe
@@ -55,11 +46,9 @@ def same_recipe(one: Recipe, other: Recipe) -> bool:
     return json.dumps(one.to_dict(), default=repr) == json.dumps(other.to_dict(), default=repr)
 
 
-def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order], norms: bool) -> Iterator[tuple[str, Recipe]]:
-    yield "calibration auto, bias correction", _add(dataclasses.replace(best(), calibration="auto"), "bias_correction")
+def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order]) -> Iterator[tuple[str, Recipe]]:
+    yield _like_the_default(best())
     yield "equalization", _add(best(), "equalization")
-    if norms:
-        yield "SmoothQuant", _add(best(), "smoothquant")
     yield "per-channel weights", _weights(best(), _per_channel)
     if _has_few_bits(best()):
         yield "weight ranges of least squared error", dataclasses.replace(best(), weight_calibration="mse")
@@ -75,6 +64,19 @@ def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order], norms: boo
         yield f"activations of the {_layers(count)} in float", _with(base, names, activations="float")
         yield f"{_layers(count)} in float", dataclasses.replace(base, exclude=(*base.exclude, *names))
     yield "fine-tuning", _add(best(), "fine_tuning")
+
+
+def _like_the_default(recipe: Recipe) -> tuple[str, Recipe]:
+    """The recipe with what `Recipe()` would have found its ranges by and improved them with; named by what is new."""
+    default, changes = Recipe(), []
+    if recipe.calibration != default.calibration:
+        recipe = dataclasses.replace(recipe, calibration=default.calibration)
+        changes.append(f"calibration {default.calibration}")
+    for name in default.algorithms:
+        if name not in recipe.algorithms:
+            recipe = _add(recipe, name)
+            changes.append(_NAMES[name])
+    return ", ".join(changes), recipe
 
 
 def _doubling(most: int) -> Iterator[int]:
@@ -94,15 +96,15 @@ def _first(order: Order, count: int) -> list[str]:
 
 
 def _add(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with one more algorithm at its place; the recipe itself where it has it, or qdq has not."""
+    """The recipe with one more algorithm at its place; the recipe itself where it has it."""
     known = recipe.algorithms
     assert isinstance(known, Mapping)
-    if name in known or name not in ALGORITHMS:
+    if name in known:
         return recipe
     if name in _ROUNDINGS:
         known = {other: options for other, options in known.items() if other not in _ROUNDINGS}
-    later = [other for other in known if other in _ORDER and _ORDER.index(other) > _ORDER.index(name)]
-    position = list(known).index(later[0]) if later else len(known)
+    later = [index for index, other in enumerate(known) if other in _ADDED[_ADDED.index(name) :]]
+    position = later[0] if later else len(known)
     items: list[tuple[str, Mapping[str, Any]]] = list(known.items())
     return dataclasses.replace(recipe, algorithms=dict([*items[:position], (name, {}), *items[position:]]))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from .recipe import Recipe
+from ..recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

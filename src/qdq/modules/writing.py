@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .errors import QdqError
-from .quantizer import TensorQuantizer
+from ..errors import QdqError
+from ..quantizer import TensorQuantizer
 
 
 def write_changes(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .affine_quantizer import AffineQuantizer
-from .constant_quantizers import WeightQuantizer
+from ..affine_quantizer import AffineQuantizer
+from ..constant_quantizers import WeightQuantizer
 
 
 class UnchangedQuantizer(AffineQuantizer):

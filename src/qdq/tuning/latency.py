@@ -20,18 +20,18 @@ import numpy as np
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .analysis.conversion_times import conversion_times
-from .analysis.operation_times import open_session, operation_times, session_options
-from .batches import Inputs
-from .errors import DataError, RecipeError
-from .export.marked_file import MarkedFile
-from .graph.contract import InputContract
-from .graph.place import Plan, place
-from .graph.record import record_of
-from .graph.targets import ONNXRUNTIME, Target
+from ..analysis.conversion_times import conversion_times
+from ..analysis.operation_times import open_session, operation_times, session_options
+from ..batches import Inputs
+from ..errors import DataError, RecipeError
+from ..export.marked_file import MarkedFile
+from ..graph.contract import InputContract
+from ..graph.place import Plan, place
+from ..graph.record import record_of
+from ..graph.targets import ONNXRUNTIME, Target
+from ..progress import track
+from ..recipe import Recipe
 from .placement_costs import OperationCost, PlacementCosts, patterns_for
-from .progress import track
-from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Tuning of recipes by what was measured on the machine at hand."""

@@ -1,0 +1,101 @@
+"""The ladder of `qdq.recover`: which rungs there are, and what each changes, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from qdq.algorithms.registry import ALGORITHMS
+from qdq.descriptor import QuantDescriptor
+from qdq.recipe import Recipe
+from qdq.recovery.ladder import climb
+
+RANGES = Recipe(weights=QuantDescriptor(8, narrow_range=True), calibration="max", algorithms=[])
+
+
+def rungs(start: Recipe, layers: Sequence[str] = (), kept: bool = True) -> dict[str, Recipe]:
+    """The rungs by name, where each is the best when it is tried, or where the start stays it."""
+    out: dict[str, Recipe] = {}
+    for name, recipe in climb(
+        start, lambda: list(out.values())[-1 if kept else 0], lambda change: [[layer] for layer in layers]
+    ):
+        assert name and name not in out
+        out[name] = recipe
+    return out
+
+
+def test_the_default_recipe_has_what_the_second_rung_adds() -> None:
+    assert list(rungs(Recipe())) == ["as given", "equalization", "AdaRound", "fine-tuning"]
+
+
+def test_from_ranges_alone_every_algorithm_finds_its_place() -> None:
+    tried = rungs(RANGES)
+    assert list(tried) == [
+        "as given",
+        "calibration auto, SmoothQuant, bias correction",
+        "equalization",
+        "per-channel weights",
+        "AdaRound",
+        "fine-tuning",
+    ]
+    like_the_default = tried["calibration auto, SmoothQuant, bias correction"]
+    assert (like_the_default.calibration, like_the_default.algorithms) == (Recipe().calibration, Recipe().algorithms)
+    assert like_the_default.weights == RANGES.weights
+    assert list(tried["fine-tuning"].algorithms) == [
+        "equalization",
+        "smoothquant",
+        "adaround",
+        "bias_correction",
+        "fine_tuning",
+    ]
+    assert set(tried["fine-tuning"].algorithms) <= set(ALGORITHMS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "second"),
+    [
+        (Recipe(calibration="mse"), "calibration auto"),
+        (Recipe(algorithms=["bias_correction"]), "SmoothQuant"),
+        (Recipe(algorithms=["smoothquant", "gptq"]), "bias correction"),
+        (Recipe(algorithms=[]), "SmoothQuant, bias correction"),
+        (Recipe(algorithms={"bias_correction": {}, "smoothquant": {"alpha": 0.7}}), "equalization"),
+        (Recipe(algorithms=["equalization", "smoothquant", "bias_correction"]), "AdaRound"),
+    ],
+)
+def test_only_what_is_lacking_is_tried_and_named(recipe: Recipe, second: str) -> None:
+    for kept in (True, False):
+        tried = rungs(recipe, kept=kept)
+        assert list(tried)[1] == second
+        texts = [one.to_yaml() for one in tried.values()]
+        assert len(set(texts)) == len(texts)
+    assert tried[second].algorithms.keys() >= recipe.algorithms.keys()  # type: ignore[union-attr]
+
+
+def test_algorithms_of_the_user_keep_their_order_and_options() -> None:
+    user = {"awq": {}, "gptq": {"damping": 0.1}, "bias_correction": {}}
+    tried = rungs(Recipe(algorithms=user), kept=False)
+    assert list(tried["SmoothQuant"].algorithms) == ["awq", "gptq", "smoothquant", "bias_correction"]
+    assert tried["SmoothQuant"].algorithms["gptq"] == {"damping": 0.1}  # type: ignore[call-overload]
+    # Of the algorithms that set the codes of a layer there can be one.
+    assert list(tried["AdaRound"].algorithms) == ["awq", "adaround", "bias_correction"]
+
+
+def test_weights_of_few_bits_and_the_worst_layers_take_rungs_of_their_own() -> None:
+    few = Recipe(weights=QuantDescriptor(4, axis=0, narrow_range=True))
+    assert list(rungs(few, ["a", "b", "c"], kept=False)) == [
+        "as given",
+        "equalization",
+        "weight ranges of least squared error",
+        "AdaRound",
+        "8-bit weights of the worst layer",
+        "8-bit weights of the 2 worst layers",
+        "8-bit weights",
+        "activations of the worst layer in float",
+        "worst layer in float",
+        "activations of the 2 worst layers in float",
+        "2 worst layers in float",
+        "fine-tuning",
+    ]
+    # Once weights have 8 bits there is nothing of theirs to be raised.
+    assert "8-bit weights" not in rungs(Recipe(), ["a", "b", "c"])
