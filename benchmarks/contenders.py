@@ -53,7 +53,7 @@ def export_fp32(case: Case, path: Path) -> Path:
     """The float model as ONNX, written by qdq: what every peer starts from."""
     import qdq
 
-    return qdq.export_onnx(case.model, path, example_inputs=case.calibration[0], dynamic_shapes=_dynamic_shapes(case))
+    return qdq.export_onnx(case.model, path, example_inputs=case.calibration[0], dynamic_shapes=shapes(case))
 
 
 def torch_export_fp32(case: Case, path: Path) -> Path:
@@ -64,7 +64,7 @@ def torch_export_fp32(case: Case, path: Path) -> Path:
         dynamo=True,
         opset_version=21,
         input_names=list(case.input_names),
-        dynamic_shapes=_dynamic_shapes(case),
+        dynamic_shapes=shapes(case),
         verbose=False,
         report=False,
     )
@@ -73,7 +73,8 @@ def torch_export_fp32(case: Case, path: Path) -> Path:
     return path
 
 
-def _dynamic_shapes(case: Case) -> tuple[dict[int, Any], ...]:
+def shapes(case: Case) -> tuple[dict[int, Any], ...]:
+    """`dynamic_shapes` as torch.export takes them."""
     return tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in case.dynamic)
 
 
@@ -170,7 +171,7 @@ def qdq_contender(case: Case, path: Path, recipe: dict[str, Any]) -> Contender:
         target="onnxruntime",
         recipe=qdq.Recipe(**recipe),
         progress=False,
-        dynamic_shapes=_dynamic_shapes(case),
+        dynamic_shapes=shapes(case),
     )
     qdq.export_onnx(model, path)
     seconds = time.perf_counter() - start
