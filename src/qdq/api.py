@@ -108,6 +108,7 @@ def quantize(
 
     graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
     contract = InputContract(graph_module.graph, signature, example)
+    contract.try_parts(graph_module, example)
     captured = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     graph_module = _with_quantizers(graph_module, contract, target, recipe)
     seen = data if isinstance(data, Statistics) else collect(graph_module, data, progress, model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
+import logging
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -11,10 +13,19 @@ from .algorithms.output_ranges import OutputRanges, Range
 from .algorithms.registry import algorithms_of
 from .algorithms.walk import Visitor, Walk
 from .calib.collectors import HistogramCollector
-from .calib.statistics import Statistics, evenly_spread
-from .calibration import activation_quantizers, constants_in_float, find_ranges, fit_biases, histogram_of
+from .calib.statistics import Inputs, Statistics, count_samples, evenly_spread
+from .calibration import (
+    activation_quantizers,
+    constants_in_float,
+    find_ranges,
+    fit_biases,
+    histogram_of,
+    quantized_tensors,
+)
 from .graph.record import record_of
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 # What "auto" chooses from: method and percentile.
 _RULES = {
@@ -25,8 +36,10 @@ _RULES = {
     "percentile 99.99": ("percentile", 99.99),
     "percentile 99.999": ("percentile", 99.999),
 }
-# Bounds that differ by less are alike: the step sizes, and so the errors of rounding, differ by as little.
+# Bounds that differ by less of the range are alike: step sizes, and so errors of rounding, differ by as little.
 _ALIKE = 0.03
+# So many samples show what a range does to the layers that read it.
+_COMPARED = 16
 
 
 def improve(
@@ -43,10 +56,18 @@ def improve(
         RecipeError: an unknown algorithm or option.
     """
     algorithms = algorithms_of(recipe.algorithms)
+    if algorithms and not statistics.samples:
+        logger.warning(
+            "the statistics hold no inputs: ranges are found, and %s left out", ", ".join(a.name for a in algorithms)
+        )
+        algorithms = []
     contract = record_of(graph_module).contract
     samples = [contract.flatten(inputs) for inputs in statistics.samples]
     with constants_in_float(graph_module):
         changed = set().union(*(algorithm.prepare(graph_module, samples, progress) for algorithm in algorithms))
+    # A quantizer's range comes from one source: counts of few samples and of all data cannot be added up.
+    for tensors in quantized_tensors(graph_module).values():
+        changed |= set(tensors) if changed.intersection(tensors) else set()
     # What is known of all other tensors still holds, and comes from more data than the samples are.
     kept = {tensor: histogram for tensor, histogram in statistics.histograms.items() if tensor not in changed}
     seen = find_ranges(graph_module, Statistics(kept, statistics.samples), progress)
@@ -54,17 +75,25 @@ def improve(
     visitors: list[Visitor] = [*algorithms]
     most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
     if chosen:
-        ranges = OutputRanges({q.name: _proposals(q, histogram_of(graph_module, q, seen)) for q in chosen})
-        visitors.insert(0, ranges)
-        most = max(most, ranges.samples)
+        most = max(most, _COMPARED)
     if most and samples:
         spread = evenly_spread(statistics.samples, most, divisible=contract.divisible)
+        if chosen:
+            proposals = {q.name: _proposals(q, histogram_of(graph_module, q, seen)) for q in chosen}
+            visitors.insert(0, OutputRanges(proposals, _batches_of(_COMPARED, spread)))
         walk = Walk(graph_module, [contract.flatten(inputs) for inputs in spread])
         walk.run(visitors, progress)
         for algorithm in algorithms:
             algorithm.finish(walk, progress)
         fit_biases(graph_module)
-    return (statistics if changed else seen), seen
+    unchanged = {tensor: histogram for tensor, histogram in seen.histograms.items() if tensor not in changed}
+    return Statistics({**statistics.histograms, **unchanged}, statistics.samples), seen
+
+
+def _batches_of(samples: int, batches: Sequence[Inputs]) -> int:
+    """The fewest of the first batches that hold so many samples; all, where all hold fewer."""
+    counts = itertools.accumulate(count_samples([inputs]) for inputs in batches)
+    return next((index for index, count in enumerate(counts, 1) if count >= samples), len(batches))
 
 
 def _proposals(quantizer: AffineQuantizer, histogram: HistogramCollector) -> dict[str, Range]:
@@ -79,4 +108,5 @@ def _proposals(quantizer: AffineQuantizer, histogram: HistogramCollector) -> dic
 
 def _nearly(one: Range, other: Range) -> bool:
     """Whether two ranges differ by less than a comparison of what they do could tell."""
-    return all(math.isclose(a, b, rel_tol=_ALIKE, abs_tol=0.0) for a, b in zip(one, other, strict=True))
+    width = max(one[1] - one[0], other[1] - other[0])
+    return all(abs(a - b) <= _ALIKE * width for a, b in zip(one, other, strict=True))

@@ -19,6 +19,8 @@ from qdq.algorithms.layer import layers_of
 from qdq.algorithms.output_ranges import OutputRanges
 from qdq.algorithms.registry import ALGORITHMS, algorithms_of
 from qdq.algorithms.walk import LayerVisit, TensorVisit, Walk
+from qdq.algorithms.weight_clipping import WeightClipping
+from qdq.descriptor import QuantDescriptor
 from qdq.errors import RecipeError
 from qdq.recipe import Recipe
 
@@ -108,6 +110,41 @@ def test_outputs_that_a_visitor_computed_serve_the_walk() -> None:
             found.append([visit.values[0] for visit in seen.tensors])
         for recomputed, reused in zip(*found, strict=True):
             torch.testing.assert_close(reused, recomputed, rtol=1e-5, atol=1e-5)
+
+
+def test_step_sizes_set_after_a_correction_count() -> None:
+    """What bias correction has computed with the old step sizes is not what the walk goes on with."""
+    torch.manual_seed(0)
+    model, batches = Several().eval(), [images(4)]
+    recipe = Recipe(weights=QuantDescriptor(num_bits=3, axis=0), algorithms=())
+    found = []
+    for forgets in (False, True):
+        qmodel = quantize(model, batches, recipe=recipe)
+        seen = Recording()
+
+        class Reads(Algorithm):
+            def visit_layer(self, visit: LayerVisit, forgets: bool = forgets) -> None:
+                if forgets:
+                    visit.outputs  # noqa: B018
+
+        Walk(qmodel, [batches]).run([Reads(), WeightClipping(), seen], progress=False)
+        found.append([visit.values[0] for visit in seen.tensors])
+    for expected, given in zip(*found, strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+def test_what_is_rounded_before_a_product_is_rounded_in_the_quantized_model_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).eval()
+    x = torch.randn(4, 64)
+    recipe = Recipe(weights=QuantDescriptor(num_bits=4, axis=0), activations="float", algorithms=())
+    qmodel = quantize(model, [x], recipe=recipe)
+    seen = Recording()
+    Walk(qmodel, [[x]]).run([seen], progress=False)
+    first = seen.layers["0.weight"]
+    assert torch.equal(first.float_inputs[0], x)
+    assert not torch.equal(first.inputs[0], x) and (first.inputs[0] - x).abs().max() < 0.02
+    torch.testing.assert_close(seen.layers["2.weight"].outputs[0], qmodel(x))
 
 
 def test_weights_that_several_operations_read_make_no_layer() -> None:

@@ -21,7 +21,7 @@ from fixtures import fashion
 from fixtures.classifiers import s1
 from pipeline.helpers import quantize
 from qdq.calib import HistogramCollector, Statistics, load, save
-from qdq.calib.statistics import SampleKeeper, count_samples
+from qdq.calib.statistics import SampleKeeper, count_samples, evenly_spread
 from qdq.errors import DataError
 from qdq.graph.record import record_of
 from qdq.recipe import Recipe
@@ -156,6 +156,100 @@ def test_what_is_kept_is_bounded_and_spread(sizes: list[int], most: int, divisib
         assert count == sum(sizes)
     if divisible:
         assert all(args[0].shape[0] <= 32 for args, _ in samples)
+        assert len(set(values.diff().tolist())) <= 1, "at equal distances, however large the batches"
+        assert sum(sizes) <= most or count > most // 2
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 200), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_fewer_samples_are_spread_over_all(sizes: list[int], most: int, divisible: bool) -> None:
+    total = sum(sizes)
+    batches = [((part[:, None],), {}) for part in torch.arange(total).float().split(sizes)]
+    found = evenly_spread(batches, most, divisible=divisible)
+    assert count_samples(found) == min(total, most) if divisible else len(found) >= 1
+    values = [args[0].flatten() for args, _ in found]
+    together = torch.cat(values).sort().values
+    assert torch.equal(together, together.unique())
+    if divisible:
+        assert together.diff().max() <= -(-total // most) if len(together) > 1 else True
+        if total > most:
+            assert all(len(v) <= 32 for v in values)
+            # Each batch is spread over all of them.
+            assert all(v.min() < total / 2 <= v.max() for v in values if len(v) >= 16)
+
+
+def test_a_large_batch_is_thinned_and_not_cut() -> None:
+    """Data that are sorted by class come in one batch."""
+    keeper = SampleKeeper(128, divisible=True)
+    keeper.add(((torch.arange(1000.0)[:, None],), {}))
+    kept = torch.cat([args[0] for args, _ in keeper.samples()]).flatten()
+    assert kept.tolist() == list(range(0, 1000, 8))
+    for batch in torch.arange(1000.0, 3000.0)[:, None].split(500):
+        keeper.add(((batch,), {}))
+    kept = torch.cat([args[0] for args, _ in keeper.samples()]).flatten()
+    assert kept.tolist() == list(range(0, 3000, 32))
+
+
+class Prototypes(nn.Module):
+    """The nearest of a set: two inputs whose leading sizes have nothing to do with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, prototypes: Tensor) -> Tensor:
+        return self.embed(x) @ self.embed(prototypes).t()
+
+
+class Windows(nn.Module):
+    """Takes frames of videos, three to a video."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 6), nn.Linear(18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.embed(x)).view(-1, 18))
+
+
+def test_inputs_of_unrelated_sizes_are_kept_whole() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(n, 8), torch.randn(5 + n, 8)) for n in (40, 30, 40)]
+    qmodel = quantize(Prototypes().eval(), data)
+    contract = record_of(qmodel).contract
+    assert not contract.divisible
+    assert [tuple(a.shape[0] for a in args) for args, _ in statistics_of(qmodel).samples] == [
+        (40, 45),
+        (30, 35),
+        (40, 45),
+    ]
+
+
+def test_batches_of_a_multiple_are_kept_whole() -> None:
+    torch.manual_seed(0)
+    qmodel = quantize(Windows().eval(), [torch.randn(33, 8), torch.randn(12, 8)])
+    assert not record_of(qmodel).contract.divisible
+    assert [args[0].shape[0] for args, _ in statistics_of(qmodel).samples] == [33, 12]
+
+
+def test_a_model_without_a_batch_dimension_is_quantized() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    data = [torch.randn(32) for _ in range(8)]
+    qmodel = qdq.quantize(model, data, dynamic_shapes="static", progress=False)
+    assert len(statistics_of(qmodel).samples) == 4  # at most 128 rows, as which the 32 values of each count
+    for x in data:
+        assert (qmodel(x) - model(x)).abs().max() < 0.02
+
+
+def test_statistics_without_inputs_leave_algorithms_out(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+    data = [torch.randn(64, 8)]
+    bare = Statistics(statistics_of(quantize(model, data)).histograms, [])
+    with caplog.at_level("WARNING", "qdq"):
+        quantize(model, bare, example_inputs=data[0])
+    assert "the statistics hold no inputs: ranges are found, and smoothquant, bias_correction left out" in caplog.text
 
 
 def test_bytes_are_bounded_too_and_what_is_kept_is_a_copy() -> None:
@@ -165,6 +259,7 @@ def test_bytes_are_bounded_too_and_what_is_kept_is_a_copy() -> None:
     x.fill_(7)
     (args, _), *rest = keeper.samples()
     assert not rest and args[0].shape == (10, 1) and bool((args[0] == 0).all())
+    assert args[0].untyped_storage().nbytes() <= 80
 
 
 def test_batches_of_other_shapes_stay_apart() -> None:

@@ -52,6 +52,8 @@ class ChannelScaling:
         """
         assert bool((factors > 0).all()) and bool((factors[~connection.free] == 1).all())
         factors = factors.double()
+        if bool((factors == 1).all()):
+            return
         producer = connection.producer
         if producer.layer is not None:
             weight = self.value(producer.layer.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .float_values import observe_float_values
 from .layer import Layer, layers_of
 from .option_checks import check_integer, check_real
 from .walk import Walk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class FineTuning(Algorithm):
 
     def _train(self, walk: Walk, layers: Sequence[tuple[fx.Node, Layer]], progress: bool) -> None:
         wanted = [_float_outputs(walk, batch) for batch in walk.batches]
+        if not all(wanted):
+            logger.warning("fine_tuning leaves the weights as they are: the model gives no float tensor")
+            return
         held_out = [i for i in range(len(walk.batches)) if i % 4 == 3] or list(range(len(walk.batches)))
         trained_on = [i for i in range(len(walk.batches)) if i not in held_out] or held_out
         variables = _variables(walk, layers, progress)

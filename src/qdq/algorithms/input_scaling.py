@@ -69,6 +69,8 @@ def multiply(graph_module: fx.GraphModule, given: ScalableInput, factors: Tensor
     source = call.args[0]
     assert isinstance(source, fx.Node)
     path = f"{call.target}_factors".replace(".", "_")
+    while hasattr(graph_module, path):
+        path += "_"
     graph_module.register_buffer(path, factors.detach().clone())
     with graph_module.graph.inserting_before(call):
         constant = graph_module.graph.get_attr(path)

@@ -28,12 +28,12 @@ class OutputRanges:
     Attributes:
         proposals: quantizer's name -> rule -> the range it proposes.
         chosen: quantizer's name -> the rule whose range was taken.
-        samples: so many samples are compared.
+        batches: so many batches are compared.
         margin: see above.
     """
 
     proposals: Mapping[str, Mapping[str, Range]]
-    samples: int = 16
+    batches: int = 1
     margin: float = 0.6
     chosen: dict[str, str] = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class OutputRanges:
         if visit.shared or len(proposals) < 2:
             return
         errors = dict.fromkeys(proposals, 0.0)
-        given = _first(visit.values, self.samples)
+        given = visit.values[: self.batches]
         several = len(visit.readers) + bool(visit.others) > 1
         for layer in visit.readers:
             weight = visit.walk.original(layer.weight)
@@ -68,17 +68,6 @@ class OutputRanges:
             best = usual
         visit.quantizer.set_range(*proposals[best])
         self.chosen[visit.quantizer.name] = best
-
-
-def _first(values: list[Tensor], count: int) -> list[Tensor]:
-    """The first `count` samples."""
-    taken, rest = [], count
-    for value in values:
-        if rest <= 0:
-            break
-        taken.append(value[:rest] if value.dim() else value)
-        rest -= value.shape[0] if value.dim() else 1
-    return taken
 
 
 def _squares(x: Tensor) -> float:

@@ -26,6 +26,8 @@ _ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # The share of the error without factors that must go. Factors that a layer before takes in cost nothing; a
 # multiplication costs time in every inference, and must gain 2 dB.
 _FOLDED_MARGIN, _MULTIPLIED_MARGIN = 0.9, 0.63
+# The largest values of fewer vectors tell "auto" too little about those to come.
+_LEAST_VECTORS = 16
 
 
 # The readings of a tensor, given its factors.
@@ -137,8 +139,10 @@ def _factors(values: Tensor, weights: Tensor, known: Tensor, alpha: float) -> Te
 
 def _best(values: Tensor, weights: Tensor, known: Tensor, readings: Readings, margin: float) -> Tensor | None:
     """The factors with the least error, None where no factors are within the margin of it."""
-    none = torch.ones_like(values)
-    least, best = margin * output_error(readings(none)), None
+    unscaled = readings(torch.ones_like(values))
+    if min(len(reading.values.rows) for reading in unscaled) < _LEAST_VECTORS:
+        return None
+    least, best = margin * output_error(unscaled), None
     for alpha in _ALPHAS:
         factors = _factors(values, weights, known, alpha)
         error = output_error(readings(factors))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..graph.parameters import tensor_at
-from ..integer_operations import IntegerOperation
+from ..integer_operations import BlockRounding, IntegerOperation
 from ..progress import track
 from .layer import Layer, layers_of
 
@@ -90,8 +90,12 @@ class LayerVisit:
 
     def set_weight(self, weight: Tensor) -> None:
         """Replaces the weight of the quantized model."""
-        self._outputs = None
+        self.forget_outputs()
         self.walk.replace(self.layer.weight, weight)
+
+    def forget_outputs(self) -> None:
+        """To be called by who changes the weight's step sizes."""
+        self._outputs = None
 
     def set_bias(self, bias: Tensor) -> None:
         """Replaces the bias of the quantized model, which must have one."""
@@ -235,7 +239,9 @@ class Walk:
             bias = node.args[2] if len(node.args) > 2 else None
             known_bias = self._constant(bias, quantized=True) if isinstance(bias, fx.Node) else None
             known = [visit.final_outputs(known_bias), visit.float_outputs]
-        function: Any = module.operation if isinstance(module, IntegerOperation) else module or node.target
+        operation: Any = module.operation if isinstance(module, IntegerOperation) else module or node.target
+        # What rounds its input does so in the quantized model alone; all else has quantizers of its own behind it.
+        functions = module if isinstance(module, BlockRounding) else operation, operation
         constants = {
             quantized: {n: self._constant(n, quantized) for n in node.all_input_nodes if self._is_constant(n)}
             for quantized in (True, False)
@@ -257,7 +263,7 @@ class Walk:
                 if node.op == "call_method":
                     outputs.append(getattr(args[0], str(node.target))(*args[1:], **kwargs))
                 else:
-                    outputs.append(function(*args, **kwargs))
+                    outputs.append(functions[track_index](*args, **kwargs))
             results.append(outputs)
         return results[0], results[1]
 

@@ -51,6 +51,7 @@ class WeightClipping(Algorithm):
         error = OutputError(visit, self.positions, self.seed)
         if not error.constant.numel() or not error.count:
             return
+        visit.forget_outputs()
         quantizer, input_step = visit.layer.quantizer, _input_step(visit)
         step = quantizer.step_size
         present = step.clone()

@@ -55,8 +55,8 @@ class Statistics:
 class SampleKeeper:
     """Keeps an evenly spread part of a stream of batches, whatever its length.
 
-    Every batch is kept until there are too many; then every second one of those kept goes, and of those to come only
-    every second is kept, and so on. A batch that is too large by itself is cut.
+    Everything is kept until there is too much; then every second sample of those kept goes, and of those to come only
+    every second is kept, and so on. Where batches cannot be split, the same is done with whole batches.
 
     Args:
         most_samples: samples (dimension 0 of the first tensor) that are kept at most.
@@ -68,39 +68,54 @@ class SampleKeeper:
         self, most_samples: int = MOST_SAMPLES, most_bytes: int = MOST_BYTES, *, divisible: bool = False
     ) -> None:
         self.most_samples, self.most_bytes, self.divisible = most_samples, most_bytes, divisible
-        self._kept: list[Inputs] = []
+        # With each the number that its first sample (or it itself, where it cannot be split) has among all seen.
+        self._kept: list[tuple[int, Inputs]] = []
         self._every = 1
         self._seen = 0
 
     def add(self, inputs: Inputs) -> None:
         """Takes note of a batch; its tensors are copied if they are kept."""
-        index, self._seen = self._seen, self._seen + 1
-        if index % self._every:
-            return
-        if self.divisible:
-            size, count = _bytes_of(inputs), count_samples([inputs])
-            most = min(self.most_samples, max(1, self.most_bytes * count // max(size, 1)))
-            inputs = _part(inputs, 0, most) if count > most else inputs
-        self._kept.append(pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
-        while len(self._kept) > 1 and self._too_many():
-            self._kept = self._kept[::2]
+        first, self._seen = self._seen, self._seen + (_size_of(inputs) if self.divisible else 1)
+        thinned = self._thinned(first, 1, inputs)
+        while thinned is not None and self._too_many([*self._kept, thinned]):
             self._every *= 2
+            known = [self._thinned(start, self._every // 2, batch) for start, batch in self._kept]
+            self._kept = [one for one in known if one is not None]
+            thinned = self._thinned(first, 1, inputs)
+        if thinned is not None:
+            self._kept.append((thinned[0], pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), thinned[1])))
+
+    def _thinned(self, first: int, every: int, inputs: Inputs) -> tuple[int, Inputs] | None:
+        """Of a batch that begins with sample `first` and holds every `every`-th, those that are to be kept now."""
+        start = -(-first // self._every) * self._every
+        if not self.divisible:
+            return (first, inputs) if start == first else None
+        skipped, step = (start - first) // every, self._every // every
+        if skipped >= _size_of(inputs):
+            return None
+        # Copies, as views would keep what is left out.
+        return start, inputs if step == 1 else pytree.tree_map_only(Tensor, lambda x: x[skipped::step].clone(), inputs)
 
     def samples(self) -> list[Inputs]:
         """What is kept; where batches may be split, in batches of 32 samples however they came."""
+        kept = [inputs for _, inputs in self._kept]
         if not self.divisible:
-            return list(self._kept)
-        return [part for inputs in _joined(self._kept) for part in _parts(inputs, BATCH_SIZE)]
+            return kept
+        return [part for inputs in _joined(kept) for part in _parts(inputs, BATCH_SIZE)]
 
-    def _too_many(self) -> bool:
+    def _too_many(self, kept: Sequence[tuple[int, Inputs]]) -> bool:
+        batches = [inputs for _, inputs in kept]
+        if (count_samples(batches) if self.divisible else len(batches)) <= 1:
+            return False
         return (
-            count_samples(self._kept) > self.most_samples
-            or sum(_bytes_of(inputs) for inputs in self._kept) > self.most_bytes
+            count_samples(batches) > self.most_samples or sum(_bytes_of(inputs) for inputs in batches) > self.most_bytes
         )
 
 
 def evenly_spread(samples: Sequence[Inputs], most: int, *, divisible: bool) -> list[Inputs]:
     """At most so many of the samples, evenly spread over them; one batch in any case.
+
+    Where batches may be split each of the new ones is spread over all samples, as far as their shapes are the same.
 
     Args:
         samples: inputs of a model, per batch.
@@ -109,10 +124,24 @@ def evenly_spread(samples: Sequence[Inputs], most: int, *, divisible: bool) -> l
     """
     if count_samples(samples) <= most:
         return list(samples)
-    keeper = SampleKeeper(most, divisible=divisible)
-    for inputs in samples:
-        keeper.add(inputs)
-    return keeper.samples()
+    if not divisible:
+        return [samples[i] for i in _evenly(len(samples), max(1, most * len(samples) // count_samples(samples)))]
+    groups = list(_joined(samples))
+    total = count_samples(groups)
+    chosen = torch.tensor(_evenly(total, most))
+    found, first = [], 0
+    for inputs in groups:
+        size = _size_of(inputs)
+        own = chosen[(chosen >= first) & (chosen < first + size)] - first
+        parts = -(-len(own) // BATCH_SIZE)
+        found += [pytree.tree_map_only(Tensor, lambda x, own=own[i::parts]: x[own], inputs) for i in range(parts)]
+        first += size
+    return found
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    """So many of the numbers below `total`, at equal distances."""
+    return [i * total // count for i in range(count)] if count < total else list(range(total))
 
 
 def count_samples(samples: Sequence[Inputs]) -> int:

@@ -17,11 +17,15 @@ from .capture import RANGES
 
 
 class _Expected(NamedTuple):
-    """A tensor input: its dtype, its sizes (None where dynamic), and what sizes a dynamic dimension may have."""
+    """A tensor input: its dtype, its sizes (None where dynamic), and what sizes a dynamic dimension may have.
+
+    `batch` names the size of dimension 0 where any number is to do; inputs of one name must have equal sizes.
+    """
 
     dtype: torch.dtype
     shape: tuple[int | None, ...]
     ranges: dict[int, tuple[int, int | None]]
+    batch: str | None
 
 
 class InputContract:
@@ -45,13 +49,27 @@ class InputContract:
             value = node.meta.get("val")
             if isinstance(value, Tensor):
                 dims = tuple(d if isinstance(d, int) else None for d in value.shape)
-                self._expected[index] = _Expected(value.dtype, dims, node.meta.get(RANGES, {}))
+                self._expected[index] = _Expected(value.dtype, dims, node.meta.get(RANGES, {}), _batch_of(value))
+        # Whether a batch may be split along dimension 0: one dynamic size, the same in every tensor input.
+        batches = {e.batch for e in self._expected if isinstance(e, _Expected)}
+        self.divisible = len(batches) == 1 and None not in batches
 
-    @property
-    def divisible(self) -> bool:
-        """Whether a batch may be split along dimension 0: it is dynamic in every tensor input."""
-        expected = [e for e in self._expected if isinstance(e, _Expected)]
-        return bool(expected) and all(e.shape and e.shape[0] is None for e in expected)
+    def try_parts(self, graph_module: fx.GraphModule, example: Inputs) -> None:
+        """Lets a graph run on one sample of an example; where it cannot, batches are taken not to be divisible.
+
+        Some graphs take multiples of a number of samples alone, and `torch.export` does not say so.
+        """
+        if not self.divisible:
+            return
+        try:
+            values = self.flatten(self.check(*example))
+        except DataError:
+            return  # which whoever runs the data will be told
+        try:
+            with torch.no_grad():
+                fx.Interpreter(graph_module).run(*[v[:1] if isinstance(v, Tensor) else v for v in values])
+        except Exception:
+            self.divisible = False
 
     def fits(self, inputs: Inputs) -> bool:
         """Whether inputs are arguments like those at capture; their shapes, dtypes and values are not looked at."""
@@ -125,10 +143,17 @@ def _in_order(value: Any, example: Any) -> Any:
     return value
 
 
+def _batch_of(value: Tensor) -> str | None:
+    """The symbol of dimension 0; None where it is a number, or a multiple of something."""
+    size: Any = value.shape[0] if value.dim() else 1
+    expression = None if isinstance(size, int) else size.node.expr
+    return str(expression) if expression is not None and expression.is_Symbol else None
+
+
 def _check_tensor(name: str, leaf: Any, expected: _Expected) -> None:
     if not isinstance(leaf, Tensor):
         raise DataError(f"input {name!r} is {describe(leaf)}, the model was captured with a tensor")
-    dtype, shape, ranges = expected
+    dtype, shape, ranges, _ = expected
     wrong = len(shape) != leaf.dim() or any(d is not None and d != s for d, s in zip(shape, leaf.shape, strict=True))
     if wrong:
         wanted = "[" + ", ".join("any" if d is None else str(d) for d in shape) + "]"

@@ -77,6 +77,7 @@ class ModuleView:
         method = "mse" if self._smaller else "max"
         recipe = Recipe(algorithms=recipe.algorithms, weight_calibration=method)
         contract = InputContract(self.graph_module.graph, signature_of(model.forward), example)
+        contract.try_parts(self.graph_module, example)
         self.graph_module.meta[KEY] = Record(contract, (), recipe=recipe)
         self.graph_module.graph.lint()
         self.graph_module.recompile()
