@@ -59,6 +59,7 @@ class Measured:
 def channel_errors(visit: LayerVisit) -> Tensor:
     """The squared error of each channel of the layer's output over all samples, float64."""
     total: Tensor | float = 0.0
+    visit.forget_outputs()  # step sizes may have changed
     for wanted, given in zip(visit.float_outputs, visit.outputs, strict=True):
         total = total + (wanted - given).double().movedim(visit.layer.output_axis, 0).flatten(1).square().sum(1)
     assert isinstance(total, Tensor)
