@@ -145,16 +145,16 @@ class Recipe:
         """Refuses codes that the targets of `qdq.quantize` do not compute with.
 
         Raises:
-            RecipeError: weights of other than 2 to 8 bits, or activations of other than 8; it names the place.
+            RecipeError: weights of other than 2 to 8 bits, or activations of other than 8 or 16; it names the place.
         """
-        for where, scope in self._scopes():
+        for where, scope in self.scopes():
             weights = 8 if scope.weights is None else scope.weights.num_bits
             activations = scope.activations.num_bits if isinstance(scope.activations, QuantDescriptor) else 8
             if isinstance(weights, tuple) or not 2 <= weights <= 8:
                 raise RecipeError(f"{where}weights.num_bits must be an integer from 2 to 8, not {weights}")
-            if activations != 8:
+            if activations not in (8, 16):
                 raise RecipeError(
-                    f"{where}activations.num_bits must be 8, the code that the targets compute with, not {activations}"
+                    f"{where}activations.num_bits must be 8 or 16, not {activations}: a file stores no other"
                 )
 
     def check_modules(self) -> None:
@@ -163,7 +163,7 @@ class Recipe:
         Raises:
             RecipeError: weights with a `block_size`, or activations "float"; it names the place.
         """
-        for where, scope in self._scopes():
+        for where, scope in self.scopes():
             if scope.weights is not None and scope.weights.block_size is not None:
                 raise RecipeError(
                     f"{where}weights.block_size={scope.weights.block_size} is for qdq.quantize: modules have one amax "
@@ -174,7 +174,7 @@ class Recipe:
                     f'{where}activations="float" is for qdq.quantize: in modules, disable() the input quantizers'
                 )
 
-    def _scopes(self) -> list[tuple[str, Recipe | Override]]:
+    def scopes(self) -> list[tuple[str, Recipe | Override]]:
         """Itself and its overrides, each with the beginning of its fields' names in messages."""
         overrides = [(f"overrides[{pattern!r}].", override) for pattern, override in self.overrides.items()]
         return [("", self), *overrides]
