@@ -25,7 +25,7 @@ class Plan:
         group: quantized tensor -> the tensor whose quantizer it uses (itself, where it has its own).
         floats: operation or tensor left in float -> why.
         bits: quantized tensor that has its own quantizer -> width of its codes.
-        wide: those of `operations` that read or give codes of more than 8 bits, and so compute in float.
+        wide: those of `operations` that compute in float: no integer kernel takes codes of this width.
     """
 
     operations: dict[fx.Node, list[fx.Node]] = dataclasses.field(default_factory=dict)

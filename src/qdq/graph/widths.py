@@ -10,6 +10,7 @@ from torch import fx
 
 from ..descriptor import QuantDescriptor
 from ..recipe import Recipe
+from .ops import Kind, kind_of, rank_of
 from .plan import USUAL_BITS, Plan, names_of, tail
 
 
@@ -28,8 +29,9 @@ def set_widths(plan: Plan, recipe: Recipe) -> None:
             if tensor in plan.tensors:
                 _widen(plan, tensor, asked)
     for node, operands in plan.operations.items():
-        around = [tensor for tensor in (*operands, tail(node)) if tensor in plan.tensors]
-        if any(plan.bits_of(tensor) > USUAL_BITS for tensor in around):
+        # A matrix product that reads 8 bits is an integer one whatever its result becomes: the kernel gives floats.
+        around = operands if _is_product(node) else (*operands, tail(node))
+        if any(plan.bits_of(tensor) > USUAL_BITS for tensor in around if tensor in plan.tensors):
             plan.wide.add(node)
 
 
@@ -37,6 +39,11 @@ def _widen(plan: Plan, tensor: fx.Node, asked: QuantDescriptor | str | None) -> 
     if isinstance(asked, QuantDescriptor) and isinstance(asked.num_bits, int):
         root = plan.root(tensor)
         plan.bits[root] = max(asked.num_bits, plan.bits.get(root, 0))
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether an operation is a MatMul in ONNX: a linear of two dimensions is a Gemm, whose kernel gives codes."""
+    return kind_of(node) is Kind.MATMUL or (kind_of(node) is Kind.LINEAR and rank_of(node) != 2)
 
 
 def _names(node: fx.Node) -> tuple[str, ...]:
