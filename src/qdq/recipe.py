@@ -46,13 +46,15 @@ class Recipe:
             `block_size`, a power of two from 16, gives every so many input channels of a linear's output channel their
             own step size: such linears take their activations in float. Other layers keep one per output channel.
         activations: "float" (or the type) leaves them in float, and quantizes weights alone. Else their descriptor:
-            one range per tensor, of 8 bits for a deployment, and as for weights for modules. A given `amax` fixes the
-            range to [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not calibrated. In a deployment
-            signedness and zero point are otherwise the target's choice, made from the data.
+            one range per tensor, of 8 or 16 bits for a deployment, and as for weights for modules. Operations that read
+            or give 16 bits compute in float between their quantizers. A given `amax` fixes the range to [-amax, amax]
+            ([0, amax] if `unsigned`) and that tensor is not calibrated. In a deployment signedness and zero point are
+            otherwise the target's choice, made from the data.
         calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" lets all of
             them propose a range for each tensor and takes the one with the least error in the outputs of the layers
             that read it; where none is clearly better it is "max" for what linears and matrix products read from float
-            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else.
+            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else. With
+            16 bits "auto" is "max".
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: "max" or "mse" (the amax of least squared error, searched per channel).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
