@@ -128,7 +128,7 @@ def test_transformer_block_of_16_bits(tmp_path: Path) -> None:
     executed = operations(optimized_graph(path))
     # MatMulNBits would round what it reads to int8.
     assert executed["MatMulNBits"] == executed["MatMulIntegerToFloat"] == executed["QGemm"] == 0
-    assert executed["MatMul"] == 4
+    assert executed["MatMul"] >= 4 and executed["QuantizeLinear"] == 4
 
 
 def on_images(m: Any, x: Tensor) -> tuple[Tensor, ...]:
