@@ -212,16 +212,35 @@ def _with_three_dimensions(lowered: fx.GraphModule, product: fx.Node) -> fx.Node
     return wide
 
 
-def _keep_float_bias(lowered: fx.GraphModule, node: fx.Node) -> None:
-    """Stores the float bias of an operation that reads codes as int32 codes of a step size of its own, exactly.
+def _quantizers_around(lowered: fx.GraphModule, node: fx.Node, source: object) -> list[AffineQuantizer]:
+    """Of what an operation reads and of what it gives, behind clips too; none where it does not read codes."""
+    read = _quantizer_of(lowered, source)
+    if read is None:
+        return []
+    found, results = [read], [node]
+    while results:
+        for user in results.pop().users:
+            quantizer = _quantizer_of(lowered, user)
+            if quantizer is not None:
+                found.append(quantizer)
+            elif user.op == "call_function" and kind_of(user) is Kind.CLIP:
+                results.append(user)
+    return found
 
-    ONNX Runtime rounds a float bias between DequantizeLinear and QuantizeLinear to int32 of step input step x weight
-    step, whatever kernel runs. With codes of 16 bits that step may be so small that int32 saturates.
+
+def _keep_float_bias(lowered: fx.GraphModule, node: fx.Node) -> None:
+    """Stores the float bias of an operation that reads or gives wide codes as int32 codes of a step size of its own.
+
+    That is exact. ONNX Runtime (1.32) rounds a float bias between DequantizeLinear and QuantizeLinear to int32 of step
+    input step x weight step, whatever kernel runs. With codes of 16 bits that step may be so small that int32
+    saturates.
     """
-    if node.op != "call_function" or _quantizer_of(lowered, node.args[0] if node.args else None) is None:
-        return
-    bias = bias_of(node)
+    bias = bias_of(node) if node.op == "call_function" else None
     if bias is None or bias.op != "get_attr":
+        return
+    source, weight = node.args[:2]
+    quantized = isinstance(weight, fx.Node) and weight.op == "call_module"
+    if not quantized or not any(q.num_bits > USUAL_BITS for q in _quantizers_around(lowered, node, source)):
         return
     value = tensor_at(lowered, str(bias.target)).detach()
     # Codes of 24 bits, and a power of two for each value: their product is the value.
