@@ -57,8 +57,15 @@ class AffineQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
 
     @property
+    def num_bits(self) -> int:
+        """The width of the codes."""
+        return round(math.log2(self.hi - self.lo + 1))
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """The integer dtype that holds the codes."""
+        if self.num_bits > 8:
+            return torch.uint16 if self.lo >= 0 else torch.int16
         return torch.uint8 if self.lo >= 0 else torch.int8
 
     @property
@@ -96,15 +103,24 @@ class AffineQuantizer(nn.Module):
     def find_range(self, histogram: HistogramCollector) -> None:
         """Sets the range from a histogram, by the quantizer's method. Without data it stays as it is."""
         if histogram.total:
-            self.set_range(*self.proposed_range(histogram, self.usual_method if self.method == "auto" else self.method))
+            automatic = "max" if self.keeps_all else self.usual_method
+            self.set_range(*self.proposed_range(histogram, automatic if self.method == "auto" else self.method))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether "auto" clips nothing: codes of 16 bits are so fine that no value need be clipped to gain precision.
+
+        Rounding alone leaves some 85 dB of a normal distribution over 12 standard deviations. And the histogram, whose
+        bins are 16 steps wide or more, could not tell what clipping gains.
+        """
+        return self.num_bits > 8
 
     def proposed_range(
         self, histogram: HistogramCollector, method: str, percentile: float | None = None
     ) -> tuple[float, float]:
         """The range that a method finds in a histogram; `percentile` None is the quantizer's own."""
-        bits = round(math.log2(self.hi - self.lo + 1))
         share = self.percentile if percentile is None else percentile
-        return affine_range(histogram, method, bits, percentile=share, symmetric=self.symmetric)
+        return affine_range(histogram, method, self.num_bits, percentile=share, symmetric=self.symmetric)
 
     def set_range(self, amin: float, amax: float) -> None:
         """Sets step size and zero point for values from amin to amax; the range is extended to hold zero.
@@ -131,7 +147,7 @@ class AffineQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """The range and where it came from, in one line."""
-        kind = "int8" if self.lo < 0 else "uint8"
+        kind = str(self.code_dtype).removeprefix("torch.")
         if not self.calibrated:
             return f"{kind}, not calibrated, method={self.method}"
         step, zero = float(self.step_size), int(self.zero_point)

@@ -35,7 +35,7 @@ from .graph.fold import fold
 from .graph.insert import insert
 from .graph.place import place
 from .graph.record import KEY, Record, record_of
-from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
+from .graph.targets import ONNXRUNTIME, Target, check_activation_bits, find_target, reduces_range
 from .improvement import improve
 from .kept_memory import freed_memory_kept
 from .progress import track
@@ -90,6 +90,7 @@ def quantize(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
     recipe.check_deployable()
+    check_activation_bits(target, recipe)
     check_tunable(recipe, target)
     _check_model(model)
     if KEY in getattr(model, "meta", {}):

@@ -71,7 +71,7 @@ def improve(
     # What is known of all other tensors still holds, and comes from more data than the samples are.
     kept = {tensor: histogram for tensor, histogram in statistics.histograms.items() if tensor not in changed}
     seen = find_ranges(graph_module, Statistics(kept, statistics.samples), progress)
-    chosen = [q for q in activation_quantizers(graph_module) if q.method == "auto" and not q.fixed]
+    chosen = [q for q in activation_quantizers(graph_module) if q.method == "auto" and not q.fixed and not q.keeps_all]
     visitors: list[Visitor] = [*algorithms]
     most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
     if chosen:

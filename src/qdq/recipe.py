@@ -46,13 +46,15 @@ class Recipe:
             `block_size`, a power of two from 16, gives every so many input channels of a linear's output channel their
             own step size: such linears take their activations in float. Other layers keep one per output channel.
         activations: "float" (or the type) leaves them in float, and quantizes weights alone. Else their descriptor:
-            one range per tensor, of 8 bits for a deployment, and as for weights for modules. A given `amax` fixes the
-            range to [-amax, amax] ([0, amax] if `unsigned`) and that tensor is not calibrated. In a deployment
-            signedness and zero point are otherwise the target's choice, made from the data.
+            one range per tensor, of 8 or 16 bits for a deployment, and as for weights for modules. Operations that read
+            or give 16 bits compute in float between their quantizers. A given `amax` fixes the range to [-amax, amax]
+            ([0, amax] if `unsigned`) and that tensor is not calibrated. In a deployment signedness and zero point are
+            otherwise the target's choice, made from the data.
         calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" lets all of
             them propose a range for each tensor and takes the one with the least error in the outputs of the layers
             that read it; where none is clearly better it is "max" for what linears and matrix products read from float
-            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else.
+            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else. With
+            16 bits "auto" is "max".
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: "max" or "mse" (the amax of least squared error, searched per channel).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
@@ -145,16 +147,16 @@ class Recipe:
         """Refuses codes that the targets of `qdq.quantize` do not compute with.
 
         Raises:
-            RecipeError: weights of other than 2 to 8 bits, or activations of other than 8; it names the place.
+            RecipeError: weights of other than 2 to 8 bits, or activations of other than 8 or 16; it names the place.
         """
-        for where, scope in self._scopes():
+        for where, scope in self.scopes():
             weights = 8 if scope.weights is None else scope.weights.num_bits
             activations = scope.activations.num_bits if isinstance(scope.activations, QuantDescriptor) else 8
             if isinstance(weights, tuple) or not 2 <= weights <= 8:
                 raise RecipeError(f"{where}weights.num_bits must be an integer from 2 to 8, not {weights}")
-            if activations != 8:
+            if activations not in (8, 16):
                 raise RecipeError(
-                    f"{where}activations.num_bits must be 8, the code that the targets compute with, not {activations}"
+                    f"{where}activations.num_bits must be 8 or 16, not {activations}: a file stores no other"
                 )
 
     def check_modules(self) -> None:
@@ -163,7 +165,7 @@ class Recipe:
         Raises:
             RecipeError: weights with a `block_size`, or activations "float"; it names the place.
         """
-        for where, scope in self._scopes():
+        for where, scope in self.scopes():
             if scope.weights is not None and scope.weights.block_size is not None:
                 raise RecipeError(
                     f"{where}weights.block_size={scope.weights.block_size} is for qdq.quantize: modules have one amax "
@@ -174,7 +176,7 @@ class Recipe:
                     f'{where}activations="float" is for qdq.quantize: in modules, disable() the input quantizers'
                 )
 
-    def _scopes(self) -> list[tuple[str, Recipe | Override]]:
+    def scopes(self) -> list[tuple[str, Recipe | Override]]:
         """Itself and its overrides, each with the beginning of its fields' names in messages."""
         overrides = [(f"overrides[{pattern!r}].", override) for pattern, override in self.overrides.items()]
         return [("", self), *overrides]

@@ -225,7 +225,7 @@ def test_patterns_name_no_other_operation(graph) -> None:
 
 
 def _names(node: torch.fx.Node) -> tuple[str, ...]:
-    from qdq.graph.place import names_of
+    from qdq.graph.plan import names_of
 
     return names_of(node)
 

@@ -234,17 +234,20 @@ ONLY_FOR_MODULES: list[tuple[dict[str, Any], str]] = [
     ({"weights": QuantDescriptor(num_bits=(4, 3))}, r"^weights.num_bits must be an integer from 2 to 8, not \(4, 3\)$"),
     (
         {"activations": QuantDescriptor(num_bits=4)},
-        "^activations.num_bits must be 8, the code that the targets compute with, not 4$",
+        "^activations.num_bits must be 8 or 16, not 4: a file stores no other$",
     ),
     (
         {"activations": QuantDescriptor(num_bits=(4, 3))},
-        r"^activations.num_bits must be 8, the code that the targets compute with, not \(4, 3\)$",
+        r"^activations.num_bits must be 8 or 16, not \(4, 3\): a file stores no other$",
     ),
     (
         {"overrides": {"a": {"weights": {"num_bits": 16}}}},
         r"^overrides\['a'\].weights.num_bits must be an integer from 2 to 8, not 16$",
     ),
-    ({"overrides": {"a": Override(activations=PER_TENSOR)}}, r"^overrides\['a'\].activations.num_bits must be 8"),
+    (
+        {"overrides": {"a": Override(activations=PER_TENSOR)}},
+        r"^overrides\['a'\].activations.num_bits must be 8 or 16, not ",
+    ),
 ]
 
 

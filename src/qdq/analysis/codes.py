@@ -33,12 +33,19 @@ class TensorFidelity:
         share: share of codes that differ, 0 to 1.
         max_difference: largest difference of two codes.
         sqnr_db: of the dequantized values, simulation as reference.
+        bits: width of the codes.
     """
 
     name: str
     share: float
     max_difference: int
     sqnr_db: float
+    bits: int = 8
+
+    @property
+    def far_apart(self) -> bool:
+        """Whether codes differ by more than rounding explains: by more than 3 of 8 bits, or as large a share of 16."""
+        return self.max_difference > 3 * 2.0 ** (self.bits - 8)
 
     def __str__(self) -> str:
         differ = f"{100 * self.share:.4f} % differ, by {self.max_difference} at most"
@@ -86,7 +93,7 @@ def _compare(name: str, want: Tensor, got: Tensor, quantizer: AffineQuantizer) -
     noise = float(difference.square().sum())
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
     share = float((difference > 0).double().mean()) if difference.numel() else 0.0
-    return TensorFidelity(name, share, int(difference.max()) if difference.numel() else 0, sqnr)
+    return TensorFidelity(name, share, int(difference.max()) if difference.numel() else 0, sqnr, quantizer.num_bits)
 
 
 class _Codes(fx.Interpreter):

@@ -219,13 +219,13 @@ def _cause(sqnr_db: float, tensors: tuple[TensorFidelity, ...], record: Record, 
             return f"no quantized tensor that could be compared differs: look for the difference {where}"
         return f"every code is equal; the outputs differ by float rounding {where}"
     first = differing[0]
-    worst = max(differing, key=lambda t: t.max_difference)
-    if worst.max_difference > 3 and not record.reduced_range and saturates_u8s8():
+    worst = max(differing, key=lambda t: (t.far_apart, t.max_difference))
+    if worst.far_apart and not record.reduced_range and saturates_u8s8():
         return (
             f"codes differ by up to {worst.max_difference} (at {worst.name}): this processor has no VNNI, and its "
             "products of uint8 and int8 saturate at 16 bits; quantize with Recipe(reduce_range=True)"
         )
-    if first.max_difference > 3:
+    if first.far_apart:
         return (
             f"codes of {first.name} differ by up to {first.max_difference}, far beyond rounding: the file was probably "
             "not exported from this model as it is now; export it again"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -107,9 +106,7 @@ class QuantizerSwitches:
 
 def bits_of(quantizer: Quantizer) -> int:
     """The bits of a quantizer's codes."""
-    if isinstance(quantizer, WeightQuantizer):
-        return quantizer.num_bits
-    return round(math.log2(quantizer.hi - quantizer.lo + 1))
+    return quantizer.num_bits
 
 
 def activation_at(quantizer: AffineQuantizer, bits: int, histogram: HistogramCollector | None) -> AffineQuantizer:

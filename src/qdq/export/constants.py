@@ -52,6 +52,12 @@ class ConstantDequantizer(nn.Module):
         axis = None if self.axis is None else 1 - self.axis
         return ConstantDequantizer(self.name, self.codes.t(), self.step_size, axis, self.block_size, self.stored_bits)
 
+    def unsqueezed(self) -> ConstantDequantizer:
+        """The same with a leading dimension of size 1; not with blocks."""
+        assert self.block_size is None
+        axis = None if self.axis is None else self.axis + 1
+        return ConstantDequantizer(self.name, self.codes[None], self.step_size, axis, None, self.stored_bits)
+
     def forward(self) -> Tensor:
         """The constant as float32."""
         step, axis = self.step_size, self.axis

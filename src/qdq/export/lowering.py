@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..errors import CalibrationError
-from ..graph.ops import WEIGHT_ONLY, Kind, kind_of, rank_of
+from ..graph.ops import WEIGHT_ONLY, Kind, bias_of, kind_of, rank_of
 from ..graph.parameters import tensor_at
+from ..graph.plan import USUAL_BITS
 from ..graph.record import KEY, Record
 from ..graph.targets import Target
 from ..integer_operations import BlockRounding, IntegerOperation
@@ -19,8 +20,8 @@ from ..onnx_nodes import OPSET
 from .constants import ConstantDequantizer, PackedMatMul
 
 aten = torch.ops.aten
-# (name of the quantizer, whether transposed, form) -> the module that holds the constant in this form.
-_Known = dict[tuple[str, bool, str], str]
+# (name of the quantizer, form) -> the module that holds the constant in this form.
+_Known = dict[tuple[str, str], str]
 
 
 class QuantizedEmbedding(nn.Module):
@@ -77,6 +78,7 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
             lowered.graph.erase_node(node)
     record = graph_module.meta.get(KEY)
     target = record.target if isinstance(record, Record) else None
+    by_recipe = isinstance(record, Record) and record.recipe is not None
     weights: _Known = {}
     for node in list(lowered.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -92,6 +94,9 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
             _lower_constant(lowered, node, constant, weights, target)
         elif isinstance(module, ConstantDequantizer):
             _lower_constant(lowered, node, module, weights)
+    if target is not None and target.integer_bias and by_recipe:
+        for node in list(lowered.graph.nodes):
+            _keep_float_bias(lowered, node)
     for node in list(lowered.graph.nodes):
         if node.op == "call_function" and kind_of(node) is Kind.GLOBAL_AVERAGE:
             _replace_by_module(lowered, node, GlobalAveragePool(), (node.args[0],))
@@ -133,14 +138,18 @@ def _lower_constant(
         if kind is Kind.LINEAR and reader.args[1] is node and (rank_of(reader) != 2 or weight_only):
             reader, used = _linear_as_matmul(lowered, reader), constant.transposed()
         if target is not None and weight_only and _is_packed(lowered, reader, target, len(readers) > 1):
-            packed = (constant.name, True, "packed")
+            packed = (constant.name, "packed")
             if packed not in known:
                 block = used.block_size or target.rounds_inputs or 32
                 module = PackedMatMul(used, block, 1 if target.rounds_inputs is None else 4)
                 known[packed] = add_module(lowered, module)
             _replace_by_call(lowered, reader, known[packed], (reader.args[0],))
             continue
-        _constant_argument(lowered, reader, node, used, known, used is not constant)
+        form = "codes" if used is constant else "transposed codes"
+        product = kind_of(reader) is Kind.MATMUL and reader.args[1] is node and used.codes.dim() == 2
+        if product and _reads_wide_codes(lowered, reader):
+            reader, used, form = _with_three_dimensions(lowered, reader), used.unsqueezed(), f"{form}, 3-d"
+        _constant_argument(lowered, reader, node, used, known, form)
 
 
 def _is_packed(lowered: fx.GraphModule, product: fx.Node, target: Target, shared: bool) -> bool:
@@ -149,9 +158,7 @@ def _is_packed(lowered: fx.GraphModule, product: fx.Node, target: Target, shared
     ONNX Runtime makes one of DequantizeLinear and MatMul by itself, but not where several operations read the weight,
     and not where the input has a DequantizeLinear too: there it computes something else, or fails.
     """
-    source = product.args[0]
-    assert isinstance(source, fx.Node)
-    quantized = source.op == "call_module" and isinstance(lowered.get_submodule(str(source.target)), AffineQuantizer)
+    quantized = _quantizer_of(lowered, product.args[0]) is not None
     return target.matmul_nbits or ((quantized or shared) and target.rounds_inputs is not None)
 
 
@@ -173,15 +180,88 @@ def _linear_as_matmul(lowered: fx.GraphModule, linear: fx.Node) -> fx.Node:
     return product
 
 
+def _quantizer_of(lowered: fx.GraphModule, node: object) -> AffineQuantizer | None:
+    """The quantizer whose values a node gives, None where it is no call of one."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    module = lowered.get_submodule(str(node.target))
+    return module if isinstance(module, AffineQuantizer) and module.enabled else None
+
+
+def _reads_wide_codes(lowered: fx.GraphModule, product: fx.Node) -> bool:
+    quantizer = _quantizer_of(lowered, product.args[0])
+    return quantizer is not None and quantizer.num_bits > USUAL_BITS
+
+
+def _with_three_dimensions(lowered: fx.GraphModule, product: fx.Node) -> fx.Node:
+    """The product with a weight that is to get a leading dimension of size 1.
+
+    A constant of two dimensions would become MatMulNBits in ONNX Runtime (1.32), with or without a Transpose between,
+    and that rounds the other operand to int8.
+    """
+    source = product.args[0]
+    assert isinstance(source, fx.Node)
+    with lowered.graph.inserting_before(product):
+        result = wide = lowered.graph.call_function(aten.matmul.default, (source, product.args[1]))
+        wide.meta = {k: v for k, v in product.meta.items() if k != "val"}
+        if rank_of(source) < 3:
+            result = lowered.graph.call_function(aten.squeeze.dim, (wide, 0))
+        result.meta = dict(product.meta)
+    product.replace_all_uses_with(result)
+    lowered.graph.erase_node(product)
+    return wide
+
+
+def _quantizers_around(lowered: fx.GraphModule, node: fx.Node, source: object) -> list[AffineQuantizer]:
+    """Of what an operation reads and of what it gives, behind clips too; none where it does not read codes."""
+    read = _quantizer_of(lowered, source)
+    if read is None:
+        return []
+    found, results = [read], [node]
+    while results:
+        for user in results.pop().users:
+            quantizer = _quantizer_of(lowered, user)
+            if quantizer is not None:
+                found.append(quantizer)
+            elif user.op == "call_function" and kind_of(user) is Kind.CLIP:
+                results.append(user)
+    return found
+
+
+def _keep_float_bias(lowered: fx.GraphModule, node: fx.Node) -> None:
+    """Stores the float bias of an operation that reads or gives wide codes as int32 codes of a step size of its own.
+
+    That is exact. ONNX Runtime (1.32) rounds a float bias between DequantizeLinear and QuantizeLinear to int32 of step
+    input step x weight step, whatever kernel runs. With codes of 16 bits that step may be so small that int32
+    saturates.
+    """
+    bias = bias_of(node) if node.op == "call_function" else None
+    if bias is None or bias.op != "get_attr":
+        return
+    source, weight = node.args[:2]
+    quantized = isinstance(weight, fx.Node) and weight.op == "call_module"
+    if not quantized or not any(q.num_bits > USUAL_BITS for q in _quantizers_around(lowered, node, source)):
+        return
+    value = tensor_at(lowered, str(bias.target)).detach()
+    # Codes of 24 bits, and a power of two for each value: their product is the value.
+    exponents = torch.frexp(value).exponent.clamp(min=-100) - 24
+    step = torch.ldexp(torch.ones_like(value), exponents)
+    constant = ConstantDequantizer(str(bias.target), (value / step).round().to(torch.int32), step, 0)
+    with lowered.graph.inserting_before(node):
+        call = lowered.graph.call_module(add_module(lowered, constant), ())
+    call.meta = {**bias.meta, "qdq_constant": True}
+    node.update_arg(2, call)
+
+
 def _constant_argument(
     lowered: fx.GraphModule,
     reader: fx.Node,
     old: fx.Node,
     constant: ConstantDequantizer,
     known: _Known,
-    transposed: bool,
+    form: str,
 ) -> None:
-    key = (constant.name, transposed, "codes")
+    key = (constant.name, form)
     if key not in known:
         known[key] = add_module(lowered, constant)
     with lowered.graph.inserting_before(reader):

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..recipe import Recipe
 from .ops import Kind, is_float, kind_of, module_path, operation_name, weight_position
-from .place import Plan
+from .plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +168,8 @@ def _parameter(node: fx.Node, plan: Plan, weights: dict[fx.Node, str | None]) ->
         )
     elif reader in plan.floats and kind_of(reader) is not Kind.OTHER and reader not in plan.operations:
         reason = f"{operation_name(reader)}: {plan.floats[reader]}"
+    elif role == "bias" and reader in plan.wide:
+        reason = "added in float"
     elif role == "bias" and reader in plan.operations:
         reason = "added in float after the integer product"
     else:

@@ -34,7 +34,7 @@ from .ops import (
     weight_position,
 )
 from .parameters import tensor_at
-from .place import Plan, block_size_of, names_of, tail
+from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
 from .targets import Target, reduces_range
 
 
@@ -104,7 +104,7 @@ class _Insertion:
                 self.weights[key] = self._new_weight_quantizer(node, key)
             parameters[node.args[weight_position(node)[0]]] = self.weights[key]  # type: ignore[index]
         for node in self.plan.operations if self.target.integer_bias else ():
-            bias = bias_of(node)
+            bias = None if node in self.plan.wide else bias_of(node)
             if bias is not None and bias.op == "get_attr" and self._has_integer_bias(node):
                 name = self._free(f"{bias.target}_quantizer")
                 self.graph_module.add_submodule(name, BiasQuantizer(name))
@@ -139,7 +139,7 @@ class _Insertion:
         """Replaces an operation between quantizers by the module that simulates it in integers."""
         kind, result = self.kinds[node], self.tails[node]
         form = EXACT_FORMS.get(kind)
-        if form is None or result not in self.plan.integer or node.kwargs:
+        if form is None or result not in self.plan.integer or node in self.plan.wide or node.kwargs:
             return
         modules = dict(self.graph_module.named_modules())
         around = [modules.get(str(n.target)) for n in node.all_input_nodes if n.op == "call_module"]
@@ -217,7 +217,7 @@ class _Insertion:
         # Depthwise kernels widen before they multiply: nothing saturates there. Of several readers of one weight one
         # is enough.
         all_readers = [n for n in self.plan.weighted if self._weight_key(n) == key]
-        readers = [n for n in all_readers if n in self.plan.operations or self._may_become_integer(n)]
+        readers = [n for n in all_readers if self._may_be_integer(n)]
         reduced = self.reduce and any(not (self.target.pairs and is_depthwise(n)) for n in readers)
         if reduced and not self.target.pairs:
             bits = min(bits, 7)
@@ -239,9 +239,14 @@ class _Insertion:
         self.graph_module.add_submodule(name, quantizer)
         return name
 
-    def _may_become_integer(self, node: fx.Node) -> bool:
-        """Whether a runtime may fuse a convolution that we see in float: others made its input codes."""
-        return self.kinds[node] is Kind.CONVOLUTION and any(n in self.plan.integer for n in data_inputs(node))
+    def _may_be_integer(self, node: fx.Node) -> bool:
+        """Whether a runtime computes in integers, or may: it fuses a convolution that we see in float, too, where
+        others made its input codes.
+        """
+        if node in self.plan.operations:
+            return node not in self.plan.wide
+        codes = [n for n in data_inputs(node) if n in self.plan.integer and self.plan.bits_of(n) == USUAL_BITS]
+        return self.kinds[node] is Kind.CONVOLUTION and bool(codes)
 
     def _has_integer_bias(self, node: fx.Node) -> bool:
         if kind_of(node) is Kind.CONVOLUTION:
@@ -270,7 +275,7 @@ class _Insertion:
         nodes = tuple(t.name for t in (*members, root))
         override = self.recipe.for_name(*names, node=nodes)
         descriptor = self.recipe.activations_for(*names, node=nodes)
-        lo, hi = self.target.activation_codes
+        lo, hi = self.target.activation_codes(self.plan.bits_of(root))
         name = self._free(self._name_for(min(members, key=self.order.__getitem__, default=root)))
         quantizer = AffineQuantizer(
             name,

@@ -11,7 +11,6 @@ import dataclasses
 
 from torch import fx
 
-from ..descriptor import QuantDescriptor
 from ..errors import RecipeError
 from ..recipe import Recipe, matches
 from .ops import (
@@ -21,39 +20,12 @@ from .ops import (
     is_float,
     is_split,
     kind_of,
-    module_path,
     operation_name,
-    rank_of,
     weight_position,
 )
+from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
 from .targets import Rule, Target
-
-
-@dataclasses.dataclass
-class Plan:
-    """The placement of quantizers on a graph.
-
-    Attributes:
-        operations: quantized operation -> the tensors that it reads as codes.
-        weighted: operations whose weight is quantized.
-        tensors: quantized tensor -> why.
-        integer: tensors that exist as codes alone: every reader gets the quantized value.
-        group: quantized tensor -> the tensor whose quantizer it uses (itself, where it has its own).
-        floats: operation or tensor left in float -> why.
-    """
-
-    operations: dict[fx.Node, list[fx.Node]] = dataclasses.field(default_factory=dict)
-    weighted: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
-    tensors: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
-    integer: set[fx.Node] = dataclasses.field(default_factory=set)
-    group: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
-    floats: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
-
-    def root(self, node: fx.Node) -> fx.Node:
-        """The tensor whose quantizer `node` uses."""
-        while self.group.get(node, node) is not node:
-            node = self.group[node]
-        return node
+from .widths import set_widths
 
 
 def place(graph: fx.Graph, target: Target, recipe: Recipe) -> Plan:
@@ -68,34 +40,6 @@ def place(graph: fx.Graph, target: Target, recipe: Recipe) -> Plan:
     return _Placement(nodes, target, recipe, attention).run()
 
 
-def names_of(node: fx.Node) -> tuple[str, ...]:
-    """The names by which a pattern may speak of an operation: its module and its parameters."""
-    parameters = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-    path = module_path(node)
-    return (*([path] if path else []), *parameters)
-
-
-def block_size_of(node: fx.Node, descriptor: QuantDescriptor) -> int | None:
-    """The block size of an operation's weight: linears, and matrix products with a constant matrix, have blocks."""
-    where = weight_position(node)
-    if where is None or kind_of(node) not in (Kind.LINEAR, Kind.MATMUL):
-        return None
-    return descriptor.block_size if rank_of(node.args[where[0]]) == 2 else None  # type: ignore[arg-type]
-
-
-def tail(node: fx.Node) -> fx.Node:
-    """The tensor that stands for a node's result: behind a clip that is the only reader of it, else the node itself.
-
-    A runtime fuses the clip into the operation before it, so the quantizer sits behind both.
-    """
-    while len(node.users) == 1:
-        reader = next(iter(node.users))
-        if kind_of(reader) is not Kind.CLIP or reader.all_input_nodes[0] is not node:
-            break
-        node = reader
-    return node
-
-
 _LOCAL = (
     Kind.POINTWISE,
     Kind.CLIP,
@@ -106,6 +50,10 @@ _LOCAL = (
     Kind.AVERAGE_POOL,
     Kind.GLOBAL_AVERAGE,
 )
+
+
+# Why an operation between quantizers computes in float.
+WIDE = "it reads or gives codes of 16 bits, which no integer kernel takes"
 
 
 def _bounds(tensor: fx.Node) -> tuple[float, float] | None:
@@ -128,6 +76,8 @@ class _Placement:
         self.wanted: set[fx.Node] = set()
         self.near: dict[fx.Node, bool] = {}
         self.rules: dict[fx.Node, Rule] = {}
+        # Quantized tensor -> how the first operation that asked for its quantizer uses it, and that operation.
+        self.because: dict[fx.Node, tuple[str, fx.Node]] = {}
         for node in nodes:
             rule = self._rule_for(node, attention)
             if rule is not None:
@@ -140,6 +90,8 @@ class _Placement:
             self.near.clear()
             for node in self.nodes:
                 self._visit(node)
+        set_widths(self.plan, self.recipe)
+        self._explain_wide()
         self._explain_floats()
         return self.plan
 
@@ -246,10 +198,10 @@ class _Placement:
     def _quantize(self, node: fx.Node, rule: Rule, operands: list[fx.Node]) -> None:
         self.plan.operations[node] = operands
         for operand in operands:
-            self.plan.tensors.setdefault(operand, f"read by {operation_name(node)} ({rule.note})")
+            self._use(operand, "read", node, rule.note)
         result = tail(node)
         if rule.output or rule.role == "follow":
-            self.plan.tensors.setdefault(result, f"written by {operation_name(node)} ({rule.note})")
+            self._use(result, "written", node, rule.note)
         if rule.output or (rule.role == "follow" and not self.target.skip_only):
             self.plan.integer.add(result)
         if rule.shared:
@@ -258,6 +210,11 @@ class _Placement:
             for operand in operands:
                 if alike or bounds[operand] is None:
                     self._join(operand, result)
+
+    def _use(self, tensor: fx.Node, how: str, node: fx.Node, note: str) -> None:
+        if tensor not in self.plan.tensors:
+            self.plan.tensors[tensor] = f"{how} by {operation_name(node)} ({note})"
+            self.because[tensor] = how, node
 
     def _move(self, node: fx.Node) -> None:
         source = node.all_input_nodes[0]
@@ -275,6 +232,18 @@ class _Placement:
         if first is not second:
             self.plan.group[first] = second
 
+    def _explain_wide(self) -> None:
+        """Says of operations that compute in float for their width that they do, and names the width of tensors."""
+        plan = self.plan
+        for tensor, (how, node) in self.because.items():
+            if node in plan.wide:
+                plan.tensors[tensor] = f"{how} by {operation_name(node)} (computed in float: {WIDE})"
+        for tensor in plan.tensors:
+            if plan.bits_of(tensor) > USUAL_BITS:
+                plan.tensors[tensor] += f"; {plan.bits_of(tensor)} bits"
+        for node in plan.wide & plan.weighted.keys():
+            plan.weighted[node] = f"computed in float from a quantized weight: {WIDE}"
+
     def _explain_floats(self) -> None:
         for node in self.nodes:
             if node in self.plan.tensors or node in self.plan.floats or not is_float(node):
@@ -283,6 +252,8 @@ class _Placement:
             kind = kind_of(node)
             if result is not node and result in self.plan.tensors:
                 reason = f"quantized behind {operation_name(result)}, which the runtime fuses with it"
+            elif node in self.plan.wide:
+                reason = f"result of a {kind.value} in float that nothing reads as codes"
             elif node in self.plan.operations:
                 reason = f"result of an integer {kind.value} that nothing reads as codes"
             elif kind is Kind.OTHER:

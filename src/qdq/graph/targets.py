@@ -6,7 +6,9 @@ import dataclasses
 from typing import Literal
 
 from ..cpuinfo import saturates_u8s8
+from ..descriptor import QuantDescriptor
 from ..errors import RecipeError
+from ..recipe import Recipe
 from .ops import Kind
 
 Role = Literal["compute", "follow", "weight"]
@@ -56,6 +58,8 @@ class Target:
             not.
         matmul_nbits: such linears are stored as MatMulNBits of com.microsoft (accuracy level 4 where inputs are
             rounded, else 1), not as DequantizeLinear and MatMul.
+        activation_bits: widths that codes of activations may have. With 16 operations compute in float, between
+            QuantizeLinear and DequantizeLinear of 16 bits.
         reference: documentation that the table was read from.
     """
 
@@ -73,16 +77,16 @@ class Target:
     int4: bool = True
     rounds_inputs: int | None = None
     matmul_nbits: bool = False
+    activation_bits: tuple[int, ...] = (8,)
     opset: int = 21
 
     def rule(self, kind: Kind) -> Rule | None:
         """The row for a kind of operation, or None where the target leaves it in float."""
         return next((r for r in self.rules if r.kind is kind), None)
 
-    @property
-    def activation_codes(self) -> tuple[int, int]:
+    def activation_codes(self, bits: int = 8) -> tuple[int, int]:
         """Least and largest code of an activation."""
-        return (0, 255) if self.unsigned else (-128, 127)
+        return (0, 2**bits - 1) if self.unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 _EMBEDDING = Rule(Kind.EMBEDDING, "weight", "rows are gathered as int8 and scaled by their row's step size")
@@ -122,6 +126,8 @@ ONNXRUNTIME = Target(
     exact=True,
     rounds_inputs=32,
     matmul_nbits=True,
+    # QuantizeLinear and DequantizeLinear of opset 21 take uint16 and int16; no integer kernel reads them.
+    activation_bits=(8, 16),
     reference="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and "
     "https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
 )
@@ -172,6 +178,8 @@ TENSORRT = Target(
     reference="https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html",
 )
 
+# Neither OpenVINO nor TensorRT has activations of 16 bits: the low precision transformations of the former work on
+# FakeQuantize of at most 256 levels, and of the latter's quantized types (INT8, INT4, FP8, FP4) none has 16 bits.
 TARGETS = {target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT)}
 
 
@@ -186,6 +194,23 @@ def find_target(target: str | Target) -> Target:
     if target not in TARGETS:
         raise RecipeError(f"unknown target {target!r}; known targets: {', '.join(TARGETS)}")
     return TARGETS[target]
+
+
+def check_activation_bits(target: Target, recipe: Recipe) -> None:
+    """Refuses activations of a width that a target does not take.
+
+    Raises:
+        RecipeError: it names the place, the target and what it takes.
+    """
+    taken = " or ".join(map(str, target.activation_bits))
+    wider = ", ".join(repr(t.name) for t in TARGETS.values() if 16 in t.activation_bits)
+    for where, scope in recipe.scopes():
+        descriptor = scope.activations
+        if isinstance(descriptor, QuantDescriptor) and descriptor.num_bits not in target.activation_bits:
+            raise RecipeError(
+                f"{where}activations.num_bits={descriptor.num_bits}: target {target.name!r} takes activations of "
+                f'{taken} bits, or in float (activations="float"); 16 bits are for {wider}. See {target.reference}'
+            )
 
 
 def reduces_range(target: Target, asked: bool | str | None) -> bool:

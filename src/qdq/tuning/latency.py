@@ -26,7 +26,8 @@ from ..batches import Inputs
 from ..errors import DataError, RecipeError
 from ..export.marked_file import MarkedFile
 from ..graph.contract import InputContract
-from ..graph.place import Plan, place
+from ..graph.place import place
+from ..graph.plan import Plan
 from ..graph.record import record_of
 from ..graph.targets import ONNXRUNTIME, Target
 from ..progress import track

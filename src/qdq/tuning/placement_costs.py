@@ -23,7 +23,7 @@ from ..graph.ops import (
     rank_of,
     value_of,
 )
-from ..graph.place import Plan, names_of, tail
+from ..graph.plan import Plan, names_of, tail
 from ..recipe import matches
 
 
