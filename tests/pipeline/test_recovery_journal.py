@@ -64,7 +64,10 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": net(0.5)}, r"is of another float model \(its parameters, buffers or modules differ\): give another path, or remove"),
+        (
+            {"model": net(0.5)},
+            r"is of another float model \(its parameters, buffers or modules differ\): give another path, or remove",
+        ),
         ({"value": 2.0}, "is of another metric of the float model: 1.0 in the journal, now 2.0"),
         ({"recipe": qdq.Recipe()}, "is of another recipe"),
         ({"target": 0.5}, "is of another target: 0.99 in the journal, now 0.5"),
