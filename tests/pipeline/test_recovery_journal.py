@@ -66,7 +66,7 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
     [
         (
             {"model": net(0.5)},
-            r"is of another float model \(its parameters, buffers or modules differ\): give another path, or remove",
+            r"is of another float model \(its parameters, .* differ\): give another path, or remove",
         ),
         ({"value": 2.0}, "is of another metric of the float model: 1.0 in the journal, now 2.0"),
         ({"recipe": qdq.Recipe()}, "is of another recipe"),

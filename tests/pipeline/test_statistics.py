@@ -165,9 +165,7 @@ def test_a_file_that_names_no_model_is_read_and_told(
 
 def test_inputs_that_the_graph_does_not_take_are_told() -> None:
     qmodel = quantize(small(), SMALL)
-    with pytest.raises(
-        DataError, match=r"batch 0 of the inputs that the statistics hold: input 'input_?\d*' has shape"
-    ):
+    with pytest.raises(DataError, match="batch 0 of the inputs that the statistics hold: input .* has shape"):
         quantize(small(), statistics_of(qmodel), example_inputs=SMALL[0][:4], dynamic_shapes="static")
     wrong = Statistics({}, [((SMALL[0],), {}), ((SMALL[0][:, :5],), {})])
     with pytest.raises(DataError, match="batch 1 of the .*; give dynamic_shapes and example_inputs as they were"):
@@ -329,9 +327,13 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
 
 
 def test_the_first_error_is_told_where_the_temporary_file_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="first"), replaced_at_once(tmp_path / "m") as temporary:
-        temporary.unlink()
-        raise ValueError("first")
+    def write() -> None:
+        with replaced_at_once(tmp_path / "m") as temporary:
+            temporary.unlink()
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

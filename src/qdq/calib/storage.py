@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         raise DataError(f"{str(path)!r} has a damaged header: {error}") from error
     if found.model is None:
         logger.warning(
-            "%r does not say which float model it is of (an earlier qdq wrote it): that yours is the same is not checked",
+            "%r does not say which float model it is of (an earlier qdq wrote it): whether yours is it is not checked",
             str(path),
         )
     return found
