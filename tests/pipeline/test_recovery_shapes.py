@@ -129,7 +129,7 @@ def test_example_inputs_decide_what_is_captured(tmp_path: Path) -> None:
         return 1 / (1 + float(m(**example).square().sum()))
 
     found = qdq.recover(model, statistics, evaluate, example_inputs=example, **options)
-    assert record_of(found.model).contract.check((), example)
+    assert record_of(found.model).contract.check((), example)[1].keys() <= example.keys()
     with pytest.raises(qdq.DataError, match="size 8 in dimension 0"):
         record_of(found.model).contract.check((), data[0])
     written = json.loads((tmp_path / "j.json").read_text())
