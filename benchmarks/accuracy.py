@@ -213,7 +213,15 @@ def _recovered(case: Case, folder: Path, budget: str) -> Contender:
         return statistics.fmean(task(_torch_run(model)) for task in case.tasks.values())
 
     start = time.perf_counter()
-    found = qdq.recover(case.model, case.calibration, evaluate, target=0.998, budget=budget, progress=False)
+    found = qdq.recover(
+        case.model,
+        case.calibration,
+        evaluate,
+        target=0.998,
+        budget=budget,
+        dynamic_shapes=contenders.shapes(case),
+        progress=False,
+    )
     path = qdq.export_onnx(found.model, folder / "recovered.onnx")
     made = contenders.onnxruntime_contender("qdq recover", path)
     made.build_seconds = time.perf_counter() - start

@@ -17,10 +17,10 @@ from .errors import (
 )
 from .graph.explanation import Explanation
 from .graph.targets import Target
-from .layer_sensitivity import sensitivity
 from .modules.calibration import calibrating
 from .modules.improvement import improve_modules
 from .quantizer import TensorQuantizer
+from .quantizer_sensitivity import sensitivity
 from .recipe import Override, Recipe
 from .recovery.climbing import recover
 from .recovery.result import Recovery

@@ -27,6 +27,7 @@ from .export.integer_layers import quantize_outputs, store_constants
 from .export.lowering import lower
 from .export.module_graph import check_stages, convert_quantizers, has_quantizers, is_quantized, keep_quantizers
 from .export.onnx import check_writable, target_of_file, write_onnx
+from .fingerprint import fingerprint
 from .graph.capture import capture
 from .graph.contract import InputContract
 from .graph.example import eval_copy, runs_on
@@ -67,7 +68,8 @@ def quantize(
             or a callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label)
             are dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
             ways, the one that the model runs on is meant. One pass is made. Or the `Statistics` of an earlier
-            calibration of the same model (`qdq.calib.load`), for another recipe without the data.
+            calibration of the same model (`qdq.calib.load`), for another recipe, target or number of bits without the
+            data.
         target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
         recipe: None is `Recipe()`.
         example_inputs: what the model is captured with, like one batch; None takes the first batch.
@@ -81,7 +83,8 @@ def quantize(
 
     Raises:
         CaptureError: `torch.export` cannot capture the model, or a parameter of it holds NaN.
-        DataError: no data, data of the wrong shape or with NaN, or data that the model fails on.
+        DataError: no data, data of the wrong shape or with NaN, or data that the model fails on; statistics of another
+            model, or whose inputs the captured graph does not take.
         RecipeError: unknown target, a pattern of the recipe that matches nothing, or bits that no target has.
         CalibrationError: a quantizer saw no data.
     """
@@ -98,6 +101,8 @@ def quantize(
     signature = signature_of(model.forward)
     runs = runs_on(model)
     data: Any = batches
+    if isinstance(data, Statistics) and data.model is not None:
+        data.check_model(fingerprint(model))
     if not isinstance(batches, Statistics) and not is_data_function(batches):
         data = Batches(batches, signature, inputs_of, runs)
     if example_inputs is not None:
@@ -112,7 +117,9 @@ def quantize(
     contract.try_parts(graph_module, example)
     captured = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     graph_module = _with_quantizers(graph_module, contract, target, recipe)
-    seen = data if isinstance(data, Statistics) else collect(graph_module, data, progress, model)
+    known = isinstance(data, Statistics)
+    mark = data.model if known else fingerprint(model)
+    seen = _with_inputs_checked(data, contract) if known else collect(graph_module, data, progress, model)
     if recipe.tune:
         seen = find_ranges(graph_module, seen, progress)
         timed = example if example_inputs is not None else one_sample(contract, example)
@@ -120,6 +127,7 @@ def quantize(
         graph_module = _with_quantizers(captured, contract, target, recipe)
     _tell_if_all_float(explain(graph_module))
     statistics, seen = improve(graph_module, seen, recipe, progress)
+    statistics = Statistics(statistics.histograms, statistics.samples, mark)
     graph_module.meta[KEY] = dataclasses.replace(record_of(graph_module), statistics=statistics, seen=seen)
     return graph_module
 
@@ -302,6 +310,19 @@ def _check_model(model: Any) -> None:
         raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("model is TorchScript, which torch.export cannot capture: pass the nn.Module it came from")
+
+
+def _with_inputs_checked(statistics: Statistics, contract: InputContract) -> Statistics:
+    samples = []
+    for index, (args, kwargs) in enumerate(statistics.samples):
+        try:
+            samples.append(contract.check(args, kwargs))
+        except DataError as error:
+            raise DataError(
+                f"batch {index} of the inputs that the statistics hold: {error}; give dynamic_shapes and "
+                "example_inputs as they were when the statistics were collected, or batches, to calibrate anew"
+            ) from None
+    return Statistics(statistics.histograms, samples, statistics.model)
 
 
 def _tell_if_all_float(explanation: Explanation) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,20 +20,17 @@ def replaced_at_once(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # As open() makes files, with the permissions that the process and the folder give: asking for the process's umask
+    # means to change it for a moment, for all threads.
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         yield temporary
-        # mkstemp lets the owner alone read the file: others may as the process says.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode)  # who wrote may have put another file there
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink()
+        with contextlib.suppress(OSError):  # the first error is the one to be told
+            temporary.unlink()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -75,7 +75,7 @@ def collect_again(
     with torch.no_grad(), constants_in_float(graph_module):
         for inputs in track(statistics.samples, "calibrating again", len(statistics.samples), progress):
             interpreter.run(*contract.flatten(inputs))
-    return Statistics({**statistics.histograms, **interpreter.histograms}, statistics.samples)
+    return Statistics({**statistics.histograms, **interpreter.histograms}, statistics.samples, statistics.model)
 
 
 def find_ranges(graph_module: fx.GraphModule, statistics: Statistics, progress: bool = True) -> Statistics:

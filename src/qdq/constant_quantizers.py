@@ -109,9 +109,6 @@ class WeightQuantizer(nn.Module):
         shape[self.axis] = -1
         return self.step_size.reshape(shape)
 
-    def _step_for(self, weight: Tensor) -> Tensor:
-        return self.step_for(weight)
-
     def forward(self, weight: Tensor) -> Tensor:
         """The fake-quantized weight, of the weight's shape."""
         if not self.enabled:

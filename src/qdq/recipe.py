@@ -58,7 +58,7 @@ class Recipe:
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: "max" or "mse" (the amax of least squared error, searched per channel).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
-            (`qdq.algorithms` lists them). An empty list leaves it at the ranges.
+            (the keys of `qdq.algorithms.registry.ALGORITHMS`). An empty list leaves it at the ranges.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
             "weights", "activations", "calibration". Patterns match module paths and parameter names; "*.head" matches
             a module of that name and everything inside it. A later pattern wins. A pattern that matches nothing

@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from qdq.analysis.operation_times import NodeTime, operation_times
 from qdq.errors import ExportError, RecipeError, RuntimeMissingError
 from qdq.export.marked_file import MarkedFile
 from qdq.graph.capture import capture
-from qdq.graph.cheapest_placement import Cost, Crossing, cheapest_placement, total_cost
+from qdq.graph.cheapest_placement import Cost, Crossing, cheapest_placement
 from qdq.graph.fold import fold
 from qdq.graph.minimum_cut import minimum_cut
 from qdq.graph.place import place
@@ -92,6 +93,17 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, Cost], list[Crossing], list[tup
         crossings.append(Crossing(name, readers, draw(st.integers(0, 8)), draw(st.integers(0, 8))))
     pair = st.tuples(st.sampled_from(names), st.sampled_from(names))
     return costs, crossings, draw(st.lists(pair, max_size=2))
+
+
+def total_cost(costs: Mapping[str, Cost], crossings: Iterable[Crossing], in_integers: frozenset[str]) -> float:
+    total = sum(cost.in_integers if name in in_integers else cost.in_float for name, cost in costs.items())
+    for crossing in crossings:
+        sides = {reader in in_integers for reader in crossing.readers}
+        if crossing.producer in in_integers:
+            total += crossing.dequantize if False in sides else 0.0
+        else:
+            total += crossing.quantize if True in sides else 0.0
+    return total
 
 
 @given(problems())

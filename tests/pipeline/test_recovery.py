@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import qdq
 from fixtures import fashion
 from fixtures.classifiers import accuracy, s2
+from qdq.algorithms.equalization import Equalization
+from qdq.algorithms.registry import ALGORITHMS
 from qdq.constant_quantizers import WeightQuantizer
 from qdq.graph.record import record_of
+from qdq.recovery.journal import read_journal
 
 PER_TENSOR = qdq.Recipe(weights=qdq.QuantDescriptor(8, narrow_range=True), calibration="max", algorithms=[])
 
@@ -264,6 +267,61 @@ def test_a_later_rung_that_fails_is_recorded() -> None:
     assert {rung.error for rung in found.rungs[1:]} == {"QdqError: evaluate returned nan"}
     assert found.front == found.rungs[:1]
     assert "equalization failed: QdqError: evaluate returned nan" in str(found)
+
+
+@pytest.mark.usefixtures("quick")
+def test_whatever_fails_in_a_later_rung_is_recorded_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Equalization):
+        def prepare(self, *args: Any) -> Any:
+            raise RuntimeError("stack expects a non-empty TensorList")
+
+    monkeypatch.setitem(ALGORITHMS, "equalization", Broken)
+    journal = tmp_path / "j.json"
+    found = recover(Closeness(), budget="1h", journal=journal)
+    rungs = {rung.name: rung for rung in found.rungs}
+    assert rungs["equalization"].error == "RuntimeError: stack expects a non-empty TensorList"
+    assert rungs["equalization"].metric is None and rungs["fine-tuning"].metric is not None
+    assert "equalization failed, which is recorded" in caplog.text and "Traceback" in caplog.text
+    again = recover(Closeness(), budget="1h", journal=journal)
+    assert str(again) == str(found)
+    # That of the first rung is raised as it is.
+    with pytest.raises(RuntimeError, match="non-empty"):
+        recover(Closeness(), recipe=qdq.Recipe(algorithms=["equalization"]))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_whose_output_is_an_answer_keeps_what_was_found(tmp_path: Path) -> None:
+    model = nn.Sequential(net(), Answer()).eval()
+
+    def evaluate(m: nn.Module) -> float:
+        return 0.5 if isinstance(getattr(m, "model", None), fx.GraphModule) else 1.0
+
+    for _ in range(2):
+        found = qdq.recover(
+            model, data(), evaluate, budget="1h", recipe=PER_TENSOR, progress=False, journal=tmp_path / "j"
+        )
+        assert found.rungs[-1].name == "fine-tuning" and not found.reached and found.metric == 0.5
+
+
+class Answer(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(-1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_metric_raises_is_raised(tmp_path: Path) -> None:
+    closeness, journal = Closeness(), tmp_path / "j.json"
+
+    def evaluate(model: nn.Module) -> float:
+        if closeness.calls == 2:
+            raise RuntimeError("the test set is gone")
+        return closeness(model)
+
+    with pytest.raises(RuntimeError, match="the test set is gone"):
+        recover(evaluate, budget="1h", journal=journal)
+    assert len(read_journal(journal).rungs) == 1
 
 
 @pytest.mark.usefixtures("quick")

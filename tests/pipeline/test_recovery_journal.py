@@ -64,10 +64,15 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": net(0.5)}, r"is of another float model \(its parameters differ\): give another path, or remove"),
+        (
+            {"model": net(0.5)},
+            r"is of another float model \(its parameters, .* differ\): give another path, or remove",
+        ),
         ({"value": 2.0}, "is of another metric of the float model: 1.0 in the journal, now 2.0"),
         ({"recipe": qdq.Recipe()}, "is of another recipe"),
         ({"target": 0.5}, "is of another target: 0.99 in the journal, now 0.5"),
+        ({"dynamic_shapes": "static"}, "is of other dynamic_shapes: None in the journal, now 'static'"),
+        ({"example_inputs": torch.ones(2, 4)}, r"is of other example_inputs: None in the journal, now float32\[2, 4\]"),
         ({"deploy_target": "tensorrt"}, "is of another deploy_target: onnxruntime in the journal, now tensorrt"),
     ],
 )
@@ -76,6 +81,13 @@ def test_it_is_for_the_same_arguments(journal: Path, options: dict[str, Any], me
     with pytest.raises(qdq.DataError, match=message):
         recover(journal, **options)
     assert journal.read_bytes() == before
+
+
+def test_one_of_before_example_inputs_and_dynamic_shapes_is_read(journal: Path) -> None:
+    data = json.loads(journal.read_text())
+    assert data.pop("example_inputs") is None and data.pop("dynamic_shapes") is None
+    journal.write_text(json.dumps(data))
+    assert recover(journal).reached
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
@@ -96,6 +108,7 @@ def in_rung(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (changed(target="much"), "is damaged: 'target' is 'much'"),
         (changed(baseline=float("nan")), "is damaged: 'baseline' is nan"),
         (changed(model=3), "is damaged: 'model' is 3"),
+        (changed(dynamic_shapes=3), "is damaged: 'dynamic_shapes' is 3"),
         (changed(float_size="1"), "is damaged: 'float_size' is '1'"),
         (changed(orders={"float": ["a"]}), "is damaged: 'orders' holds other than lists of patterns"),
         (changed(orders={"float": [[3]]}), "is damaged: 'orders' holds other than lists of patterns"),

@@ -75,10 +75,27 @@ def test_only_what_is_lacking_is_tried_and_named(recipe: Recipe, second: str) ->
 def test_algorithms_of_the_user_keep_their_order_and_options() -> None:
     user = {"awq": {}, "gptq": {"damping": 0.1}, "bias_correction": {}}
     tried = rungs(Recipe(algorithms=user), kept=False)
-    assert list(tried["SmoothQuant"].algorithms) == ["awq", "gptq", "smoothquant", "bias_correction"]
+    assert list(tried["SmoothQuant"].algorithms) == ["smoothquant", "awq", "gptq", "bias_correction"]
     assert tried["SmoothQuant"].algorithms["gptq"] == {"damping": 0.1}  # type: ignore[call-overload]
     # Of the algorithms that set the codes of a layer there can be one.
     assert list(tried["AdaRound"].algorithms) == ["awq", "adaround", "bias_correction"]
+
+
+def test_each_algorithm_is_added_at_its_place_among_all_others() -> None:
+    order = [
+        *("equalization", "smoothquant", "awq"),
+        *("weight_clipping", "gptq", "adaround", "block_reconstruction", "bias_correction", "fine_tuning"),
+    ]
+    assert set(order) == set(ALGORITHMS)
+    for name, lacking in (("equalization", 0), ("fine-tuning", 8), ("SmoothQuant", 1), ("bias correction", 7)):
+        others = order[:lacking] + order[lacking + 1 :]
+        tried = rungs(Recipe(algorithms=others), kept=False)
+        assert list(tried[name].algorithms) == order
+    # What scales the weights comes before what has looked at their sizes.
+    tried = rungs(Recipe(algorithms=["awq"]))
+    assert list(tried["equalization"].algorithms) == ["equalization", "smoothquant", "awq", "bias_correction"]
+    few = rungs(Recipe(algorithms=["awq", "weight_clipping", "block_reconstruction"]), kept=False)
+    assert list(few["AdaRound"].algorithms) == ["awq", "weight_clipping", "adaround"]
 
 
 def test_weights_of_few_bits_and_the_worst_layers_take_rungs_of_their_own() -> None:

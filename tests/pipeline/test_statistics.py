@@ -20,6 +20,7 @@ import qdq
 from fixtures import fashion
 from fixtures.classifiers import s1
 from pipeline.helpers import quantize
+from qdq.atomic_file import replaced_at_once
 from qdq.calib import HistogramCollector, Statistics, load, save
 from qdq.calib.statistics import SampleKeeper, count_samples, evenly_spread
 from qdq.errors import DataError
@@ -76,6 +77,99 @@ def batches() -> list[Tensor]:
 def test_other_recipes_from_a_file_give_what_the_data_give(recipe: Recipe, batches, tmp_path: Path) -> None:
     path = save(quantize(s1(), batches), tmp_path / "s1.safetensors")
     assert_same(quantize(s1(), load(path), recipe=recipe), quantize(s1(), batches, recipe=recipe))
+
+
+def small(seed: int = 0, width: int = 8) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3)).eval()
+
+
+SMALL = [numbers(8, 6, seed=i) for i in range(2)]
+OTHER_MODEL = "these statistics are of another float model: .* give the model that they were collected from, or batches"
+
+
+def fine_tuned() -> nn.Module:
+    model = small()
+    with torch.no_grad():
+        model.get_parameter("3.bias")[0] += 1e-3
+    return model
+
+
+def trained_further() -> nn.Module:
+    model = small()
+    model.train()(SMALL[0])
+    return model.eval()
+
+
+def other_activation() -> nn.Module:
+    model = small()
+    model[2] = nn.Sigmoid()  # type: ignore[index]
+    return model
+
+
+@pytest.mark.parametrize(
+    "other", [lambda: small(1), lambda: small(width=4), fine_tuned, trained_further, other_activation]
+)
+def test_statistics_of_another_model_are_refused(other, tmp_path: Path) -> None:
+    path = save(quantize(small(), SMALL), tmp_path / "s")
+    for statistics in (load(path), statistics_of(quantize(small(), load(path)))):
+        with pytest.raises(DataError, match=OTHER_MODEL):
+            quantize(other(), statistics)
+        with pytest.raises(DataError, match=OTHER_MODEL):
+            qdq.sensitivity(other(), statistics, progress=False)
+        with pytest.raises(DataError, match=OTHER_MODEL):
+            qdq.recover(other(), statistics, lambda m: 1.0, progress=False)
+
+
+def test_statistics_serve_the_same_model_however_it_is_quantized(tmp_path: Path) -> None:
+    first = quantize(small(), SMALL, recipe=Recipe(algorithms=["equalization"]))
+    again = small().train()
+    statistics = load(save(first, tmp_path / "s"))
+    assert statistics.model == statistics_of(first).model is not None
+    for options in (
+        {"target": "openvino"},
+        {"target": "tensorrt"},
+        {"recipe": Recipe(weights=qdq.QuantDescriptor(num_bits=3, axis=0, narrow_range=True))},
+    ):
+        assert statistics_of(quantize(again, statistics, **options)).model == statistics.model
+    assert len(qdq.sensitivity(again, statistics, progress=False))
+
+
+def test_buffers_that_are_not_saved_do_not_tell_models_apart() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = small()
+            self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    model = Cached().eval()
+    statistics = statistics_of(quantize(model, SMALL))
+    model.cache = torch.ones(7)
+    quantize(model, statistics)
+
+
+def test_a_file_that_names_no_model_is_read_and_told(
+    stored: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(quantize(small(), SMALL), tmp_path / "s")
+    old = _changed(path, tmp_path / "old", lambda header, tensors: header.pop("model") and None)
+    assert load(path).model and "does not say" not in caplog.text
+    statistics = load(old)
+    assert statistics.model is None and "does not say which float model it is of" in caplog.text
+    # Nothing is known of it, so nothing is claimed later.
+    assert statistics_of(quantize(small(1), statistics)).model is None
+
+
+def test_inputs_that_the_graph_does_not_take_are_told() -> None:
+    qmodel = quantize(small(), SMALL)
+    with pytest.raises(DataError, match="batch 0 of the inputs that the statistics hold: input .* has shape"):
+        quantize(small(), statistics_of(qmodel), example_inputs=SMALL[0][:4], dynamic_shapes="static")
+    wrong = Statistics({}, [((SMALL[0],), {}), ((SMALL[0][:, :5],), {})])
+    with pytest.raises(DataError, match="batch 1 of the .*; give dynamic_shapes and example_inputs as they were"):
+        quantize(small(), wrong)
 
 
 def test_tensors_that_were_not_quantized_before_are_collected_from_the_inputs(batches) -> None:
@@ -300,11 +394,42 @@ def test_an_unwritable_place_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_file_has_the_usual_permissions(tmp_path: Path) -> None:
-    path = save(Statistics({}, []), tmp_path / "m")
-    plain = tmp_path / "plain"
-    plain.touch()
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_file_has_the_usual_permissions(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(umask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")  # it holds for all threads: nobody may change it for a moment
+            path = save(Statistics({}, []), tmp_path / "m")
+        plain = tmp_path / "plain"
+        plain.touch()
+    finally:
+        os.umask(before)
     assert stat.S_IMODE(os.stat(path).st_mode) == stat.S_IMODE(os.stat(plain).st_mode)
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    statistics = Statistics({}, [((torch.zeros(100_000),), {})])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(DataError, match="cannot be written: .*[Ff]ile too large"):
+            save(statistics, tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_error_is_told_where_the_temporary_file_is_gone(tmp_path: Path) -> None:
+    def write() -> None:
+        with replaced_at_once(tmp_path / "m") as temporary:
+            temporary.unlink()
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +469,8 @@ def _set(*keys: str | int, value: object):
         (lambda h, t: "{", "has a damaged header"),
         (lambda h, t: "[" * 100_000, "has a damaged header"),
         (_set("version", value=2), "version 2 is not known here; this qdq reads version 1"),
+        (_set("model", value="0" * 63), "its model is '0.*', which is no SHA-256"),
+        (_set("model", value=7), "its model is 7, which is no SHA-256"),
         (_set("histograms", value=[]), "lacks histograms or samples"),
         (_set("histograms", "a", value=3), "the histogram of 'a' is damaged"),
         (_set("histograms", "a", "counts", value="sample/0"), "lacks counts"),

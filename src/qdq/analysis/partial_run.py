@@ -62,10 +62,6 @@ class PartialRun:
                 del new[old]
         return [either[node] for node in self.results]
 
-    def affected(self, changed: Collection[fx.Node]) -> list[fx.Node]:
-        """The nodes that `after` computes, in order."""
-        return [node for node, _ in self._plan(frozenset(changed))]
-
     def _plan(self, changed: frozenset[fx.Node]) -> list[tuple[fx.Node, list[fx.Node]]]:
         """The nodes to compute, each with those whose values nothing needs after it."""
         plan = self._plans.get(changed)

@@ -12,7 +12,7 @@ from ..affine_quantizer import AffineQuantizer
 from ..calib.collectors import HistogramCollector
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..graph.parameters import tensor_at
-from ..graph.record import KEY
+from ..graph.record import KEY, record_of
 from ..integer_operations import IntegerOperation
 from ..quiet import pytorch_internals
 
@@ -28,10 +28,13 @@ class QuantizerSwitches:
     Attributes:
         model: the copy. Its parameters are those of the model, which nothing here writes to.
         quantizers: by their paths, in the order in which the graph calls them.
+        captured: names of the tensors of the captured graph, which patterns of recipes speak of.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.model = _copy(graph_module)
+        explanation = record_of(graph_module).explanation
+        self.captured = frozenset(entry.tensor for entry in explanation or ())
         self._modules = dict(self.model.named_modules())
         self._names: dict[nn.Module, str] = {module: name for name, module in self._modules.items()}
         self.calls = [n for n in self.model.graph.nodes if n.op == "call_module"]

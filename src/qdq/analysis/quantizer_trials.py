@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..affine_quantizer import AffineQuantizer
 from ..algorithms.layer import layers_of
 from ..calibration import histogram_of
 from ..constant_quantizers import WeightQuantizer
-from ..graph.insert import ORIGINAL_NAME
+from ..graph.insert import original_name
 from ..graph.ops import Kind, kind_of, module_path
 from ..graph.record import Record
 from ..integer_operations import IntegerOperation
@@ -116,8 +117,8 @@ def _patterns(switches: QuantizerSwitches, name: str) -> tuple[str, ...]:
 
 
 def _writers(switches: QuantizerSwitches, node: Any) -> Iterator[fx.Node]:
-    """The operation that computes a tensor, before the clips that were fused with it."""
-    while isinstance(node, fx.Node) and kind_of(node) is Kind.CLIP:
+    """The operation that computes a tensor, before the clips that were fused with it and factors that came later."""
+    while isinstance(node, fx.Node) and (kind_of(node) is Kind.CLIP or _multiplies(switches, node)):
         node = node.args[0]
     if isinstance(node, fx.Node) and _computes(switches, node):
         yield node
@@ -125,10 +126,17 @@ def _writers(switches: QuantizerSwitches, node: Any) -> Iterator[fx.Node]:
 
 def _readers(switches: QuantizerSwitches, node: fx.Node) -> Iterator[fx.Node]:
     for reader in node.users:
-        if _computes(switches, reader):
+        if _multiplies(switches, reader):
+            yield from _readers(switches, reader)
+        elif _computes(switches, reader):
             yield reader
         elif kind_of(reader) in (Kind.CLIP, Kind.MOVE) or reader.op == "call_module":
             yield from _readers(switches, reader)
+
+
+def _multiplies(switches: QuantizerSwitches, node: fx.Node) -> bool:
+    """Whether a node is a product with factors that an algorithm put there: no operation of the model's own."""
+    return node.target is torch.ops.aten.mul.Tensor and original_name(node) not in switches.captured
 
 
 def _computes(switches: QuantizerSwitches, node: fx.Node) -> bool:
@@ -147,4 +155,4 @@ def _operation(switches: QuantizerSwitches, node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if stack and str(stack[-1][1]).startswith("torch.nn.modules") and module_path(node):
         return module_path(node)
-    return str(node.meta.get(ORIGINAL_NAME, node.name))
+    return original_name(node)

@@ -28,11 +28,15 @@ class Statistics:
     Attributes:
         histograms: name of a tensor in the captured graph -> its histogram in the float model, over all data.
         samples: inputs of the model, `(args, kwargs)` per batch, evenly spread over the data.
+        model: `qdq.fingerprint.fingerprint` of the float model; None where it is not known.
     """
 
-    def __init__(self, histograms: dict[str, HistogramCollector], samples: Sequence[Inputs]) -> None:
+    def __init__(
+        self, histograms: dict[str, HistogramCollector], samples: Sequence[Inputs], model: str | None = None
+    ) -> None:
         self.histograms = histograms
         self.samples = list(samples)
+        self.model = model
 
     def first(self) -> Inputs:
         """The first batch of the inputs kept.
@@ -43,6 +47,16 @@ class Statistics:
         if not self.samples:
             raise DataError("these statistics hold no inputs: pass example_inputs, to capture the model with")
         return self.samples[0]
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raises:
+        DataError: they are known to be of another model than the one of this fingerprint.
+        """
+        if self.model is not None and self.model != fingerprint:
+            raise DataError(
+                "these statistics are of another float model: its parameters, buffers or modules differ from those of "
+                "the model given; give the model that they were collected from, or batches, to calibrate this one anew"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Statistics:
         # Never changed once made, and large: copies of a model share it.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from ..atomic_file import replaced_at_once
 from ..errors import DataError
 from .collectors import HistogramCollector
 from .statistics import Inputs, Statistics
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "qdq.statistics", 1
 # Bins of a collector: more is no histogram that this toolkit made.
@@ -45,14 +49,16 @@ def save(statistics: Any, path: str | os.PathLike[str]) -> Path:
         histograms[name] = {"counts": key, **_fields_of(seen)}
     samples = [_described(inputs, tensors, f"batch {i}") for i, inputs in enumerate(found.samples)]
     header = {"format": FORMAT, "version": VERSION, "histograms": histograms, "samples": samples}
+    if found.model is not None:
+        header["model"] = found.model
     path = Path(path)
     if not path.parent.is_dir():
         raise DataError(f"the folder of {str(path)!r} does not exist")
     try:
         with replaced_at_once(path) as temporary:
             save_file(tensors, temporary, metadata={"qdq": json.dumps(header)})
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the latter for what happens while it writes, such as a full disk
+        raise DataError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return path
 
 
@@ -75,11 +81,17 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         raise DataError(f"{str(path)!r} is no statistics file: its metadata have no entry 'qdq'")
     try:
         header = json.loads(text)
-        return _read(header, tensors)
+        found = _read(header, tensors)
     except _Damaged as error:
         raise DataError(f"{str(path)!r}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{str(path)!r} has a damaged header: {error}") from error
+    if found.model is None:
+        logger.warning(
+            "%r does not say which float model it is of (an earlier qdq wrote it): whether yours is it is not checked",
+            str(path),
+        )
+    return found
 
 
 class _Damaged(Exception):
@@ -137,8 +149,13 @@ def _read(header: Any, tensors: dict[str, Tensor]) -> Statistics:
     histograms, samples = header.get("histograms"), header.get("samples")
     if not isinstance(histograms, dict) or not isinstance(samples, list):
         raise _Damaged("its header lacks histograms or samples")
+    model = header.get("model")
+    _need(
+        model is None or (isinstance(model, str) and re.fullmatch("[0-9a-f]{64}", model) is not None),
+        f"its model is {model!r}, which is no SHA-256",
+    )
     found = {name: _histogram(name, fields, tensors) for name, fields in histograms.items()}
-    return Statistics(found, [_inputs(i, sample, tensors) for i, sample in enumerate(samples)])
+    return Statistics(found, [_inputs(i, sample, tensors) for i, sample in enumerate(samples)], model)
 
 
 def _histogram(name: str, fields: Any, tensors: dict[str, Tensor]) -> HistogramCollector:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from ..batches import Inputs
 from ..errors import CaptureError, DataError
@@ -43,7 +44,8 @@ def capture(
         DataError: the example inputs do not fit the model.
     """
     model = eval_copy(model)
-    inputs = (args, dict(kwargs or {}))
+    # Where torch.export fails it leaves its marks (what is dynamic) on the tensors, and a second call would heed them.
+    inputs = cast(Inputs, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, dict(kwargs or {}))))
     check_example(*inputs)
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "static":
         raise DataError(f"dynamic_shapes must be None, 'static' or what torch.export takes, not {dynamic_shapes!r}")

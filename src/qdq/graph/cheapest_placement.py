@@ -66,15 +66,3 @@ def cheapest_placement(
         edges += [(first, second, math.inf), (second, first, math.inf)]
     in_float = minimum_cut(edges, source, sink)  # type: ignore[arg-type]
     return frozenset(name for name in costs if name not in in_float)
-
-
-def total_cost(costs: Mapping[str, Cost], crossings: Iterable[Crossing], in_integers: frozenset[str]) -> float:
-    """What a placement costs."""
-    total = sum(cost.in_integers if name in in_integers else cost.in_float for name, cost in costs.items())
-    for crossing in crossings:
-        sides = {reader in in_integers for reader in crossing.readers}
-        if crossing.producer in in_integers:
-            total += crossing.dequantize if False in sides else 0.0
-        else:
-            total += crossing.quantize if True in sides else 0.0
-    return total

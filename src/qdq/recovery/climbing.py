@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -20,18 +21,20 @@ from torch import Tensor, fx, nn
 
 from .. import api
 from ..algorithms.registry import algorithms_of
+from ..batches import Batches, signature_of
 from ..calib.statistics import Statistics, count_samples
 from ..errors import DataError, QdqError, RecipeError
-from ..graph.example import eval_copy
+from ..fingerprint import fingerprint
+from ..graph.example import eval_copy, runs_on
 from ..graph.record import KEY, record_of
 from ..graph.targets import Target, find_target
-from ..layer_sensitivity import sensitivity
+from ..quantizer_sensitivity import sensitivity
 from ..recipe import Recipe
 from ..stand_in import StandIn
 from .files import DeployedFiles
 from .journal import (
     Journal,
-    fingerprint,
+    example_text,
     read_journal,
     restore_statistics,
     store_statistics,
@@ -43,6 +46,8 @@ from .result import Recovery, Rung, pareto_front
 logger = logging.getLogger("qdq.recovery")
 
 Evaluate = Callable[[nn.Module], float]
+# `api.quantize` of the model, with all its arguments but data and recipe.
+_Quantize = Callable[..., fx.GraphModule]
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # Samples that layers are compared on.
@@ -59,7 +64,9 @@ def recover(
     deploy_target: str | Target = "onnxruntime",
     recipe: Recipe | None = None,
     journal: str | os.PathLike[str] | None = None,
+    example_inputs: Any = None,
     inputs_of: Callable[[Any], Any] | None = None,
+    dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> Recovery:
     """Quantizes a model in better and better ways until it keeps a share of its accuracy, or the budget is spent.
@@ -81,9 +88,10 @@ def recover(
         deploy_target: the runtime, as `target` of `qdq.quantize`.
         recipe: to begin with; None is `Recipe()`.
         journal: path of a JSON file that is written after every rung. The statistics are kept beside it. A later call
-            with the same model, recipe, targets and metric goes on from it, with a budget of its own; `batches` are
-            then not looked at.
-        inputs_of, progress: as for `qdq.quantize`.
+            with the same model, recipe, targets, metric, `example_inputs` and `dynamic_shapes` goes on from it, with a
+            budget of its own; `batches` are then not looked at.
+        example_inputs, inputs_of, dynamic_shapes, progress: as for `qdq.quantize`. The float model's file is made with
+            the same `dynamic_shapes`.
 
     Returns:
         The best model, whether or not the target was reached, its recipe, and all that was measured.
@@ -92,7 +100,8 @@ def recover(
         QdqError: a wrong argument, or a metric of the float model that is no number above 0.
         RecipeError: a budget that is no time, or a recipe that does not fit the model.
         DataError: data that do not fit the model; a journal that is damaged or that other arguments made.
-        CaptureError, CalibrationError, ExportError: of the recipe given. A later rung that fails is recorded as failed.
+        CaptureError, CalibrationError, ExportError: of the recipe given. A later rung that fails is recorded as failed,
+            whatever the error. What `evaluate` raises by itself passes, at any rung.
     """
     start = time.monotonic()
     seconds = _seconds(budget)
@@ -111,27 +120,43 @@ def recover(
     path = None if journal is None else _check_path(journal)
     where = find_target(deploy_target)
 
+    given = None
+    if example_inputs is not None:
+        given = Batches([example_inputs], signature_of(model.forward), inputs_of, runs_on(model)).first()
     known = read_journal(path) if path is not None and path.exists() else None
     asked: dict[str, Any] = {
         "model": fingerprint(model),
         "recipe": recipe,
         "deploy_target": where.name,
         "target": share,
+        "example_inputs": None if given is None else example_text(given),
+        "dynamic_shapes": None if dynamic_shapes is None else repr(dynamic_shapes),
     }
+    quantize = functools.partial(
+        api.quantize,
+        model,
+        target=where,
+        example_inputs=example_inputs,
+        progress=progress,
+        inputs_of=inputs_of,
+        dynamic_shapes=dynamic_shapes,
+    )
     if known is not None and path is not None:
         known.check(path, asked)
         known.check(path, {"baseline": _baseline(evaluate, model)})
         statistics = restore_statistics(path, known)
     else:
-        statistics = _collect(model, batches, where, recipe, inputs_of, progress)
-        begin = _without_tuning(model, statistics, where, recipe, progress)
+        statistics = _collect(quantize, batches, recipe)
+        begin = _without_tuning(quantize, statistics, recipe)
         known = Journal(**asked, start=begin, baseline=_baseline(evaluate, model))
         if path is not None:
             _check_json(recipe)
             known.statistics = store_statistics(path, statistics)
             write_journal(path, known)
     with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
-        work = _Work(model, evaluate, where, statistics, known, path, Path(folder), progress)
+        example = statistics.first() if given is None else given
+        files = DeployedFiles(model, example, where, Path(folder), dynamic_shapes)
+        work = _Work(quantize, evaluate, files, statistics, known, path, progress)
         return work.run(start + seconds)
 
 
@@ -140,19 +165,17 @@ class _Work:
 
     def __init__(
         self,
-        model: nn.Module,
+        quantize: _Quantize,
         evaluate: Evaluate,
-        target: Target,
+        files: DeployedFiles,
         statistics: Statistics,
         journal: Journal,
         path: Path | None,
-        folder: Path,
         progress: bool,
     ) -> None:
-        self.model, self.evaluate, self.target = model, evaluate, target
+        self.quantize, self.evaluate, self.files = quantize, evaluate, files
         self.statistics, self.journal, self.path = statistics, journal, path
         self.progress = progress
-        self.files = DeployedFiles(model, statistics, target, folder)
         self.goal = journal.target * journal.baseline
         self.done: list[Rung] = []
         self.best: Rung | None = None
@@ -207,7 +230,7 @@ class _Work:
         return self._best_model
 
     def _quantize(self, recipe: Recipe) -> fx.GraphModule:
-        return api.quantize(self.model, self.statistics, self.target, recipe, progress=self.progress)
+        return self.quantize(self.statistics, recipe=recipe)
 
     def _replay(self, rung: Rung, name: str, recipe: Recipe) -> None:
         if rung.name != name or not same_recipe(rung.recipe, recipe):
@@ -220,13 +243,15 @@ class _Work:
     def _try(self, name: str, recipe: Recipe) -> None:
         logger.info("%s ...", name)
         begun = time.monotonic()
-        rung, made = Rung(name, recipe), None
+        rung, made, evaluating = Rung(name, recipe), None, False
         try:
             made = self._quantize(recipe)
             quantized = time.monotonic()
+            evaluating = True
             metric = _metric_of(self.evaluate, _Called(made), f"the rung {name!r}")
             if not math.isfinite(metric):
                 raise QdqError(f"evaluate returned {metric}")
+            evaluating = False
             evaluated = time.monotonic()
             size, ratio = self.files.measure(made)
             logger.info(
@@ -238,9 +263,13 @@ class _Work:
             )
             self.journal.float_size = self.files.float_size
             rung = dataclasses.replace(rung, metric=metric, size=size, latency_ratio=ratio)
-        except QdqError as error:
-            if not self.done:
+        except Exception as error:
+            expected = isinstance(error, QdqError)
+            # What the user's own function raises is the user's to know.
+            if not self.done or (evaluating and not expected):
                 raise
+            if not expected:
+                logger.warning("%s failed, which is recorded, and the next is tried", name, exc_info=True)
             rung = dataclasses.replace(rung, error=f"{type(error).__name__}: {error}")
         rung = dataclasses.replace(rung, seconds=time.monotonic() - begun)
         logger.info("%s", _told(rung, self.goal))
@@ -272,7 +301,7 @@ class _Work:
         try:
             part = Statistics({}, samples[:count])
             found = sensitivity(self._model(), part, kinds=["layer"], progress=self.progress)
-        except QdqError as error:
+        except Exception as error:
             logger.warning("which layers are the worst is not known, so none is changed alone: %s", error)
             return []
         return [list(e.patterns) for e in found if change == "float" or e.bits < FULL_BITS]
@@ -291,29 +320,20 @@ class _Called(StandIn):
             return self.model(*args, **kwargs)
 
 
-def _collect(
-    model: nn.Module,
-    batches: Any,
-    target: Target,
-    recipe: Recipe,
-    inputs_of: Callable[[Any], Any] | None,
-    progress: bool,
-) -> Statistics:
+def _collect(quantize: _Quantize, batches: Any, recipe: Recipe) -> Statistics:
     """Of all quantizers that any rung may have."""
     widest = dataclasses.replace(recipe, algorithms={}, calibration="max", overrides={}, exclude=(), tune=None)
-    statistics = record_of(
-        api.quantize(model, batches, target, widest, progress=progress, inputs_of=inputs_of)
-    ).statistics
+    statistics = record_of(quantize(batches, recipe=widest)).statistics
     assert statistics is not None
     return statistics
 
 
-def _without_tuning(model: nn.Module, statistics: Statistics, target: Target, recipe: Recipe, progress: bool) -> Recipe:
+def _without_tuning(quantize: _Quantize, statistics: Statistics, recipe: Recipe) -> Recipe:
     """The recipe with what `tune` left in float: timings differ from call to call, and recipes must not."""
     if recipe.tune is None:
         return recipe
     ranges_alone = dataclasses.replace(recipe, algorithms={}, calibration="max")
-    tuned = record_of(api.quantize(model, statistics, target, ranges_alone, progress=progress)).recipe
+    tuned = record_of(quantize(statistics, recipe=ranges_alone)).recipe
     assert tuned is not None
     return dataclasses.replace(recipe, exclude=tuned.exclude, tune=None)
 

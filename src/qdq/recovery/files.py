@@ -11,8 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .. import api
 from ..analysis.latency import measure
-from ..batches import signature_of
-from ..calib.statistics import Statistics
+from ..batches import Inputs, signature_of
 from ..errors import QdqError, RuntimeMissingError
 from ..graph.record import record_of
 from ..graph.targets import ONNXRUNTIME, Target
@@ -28,17 +27,21 @@ class DeployedFiles:
 
     Args:
         model: in float.
-        statistics: of it: one of its samples is what is timed.
+        example: of its inputs: the float model is captured with it; one sample of it is what is timed.
         target: only ONNX Runtime is timed.
         folder: for the files; what is in it may be replaced.
+        dynamic_shapes: of the float model's file, as for `api.export_onnx`.
 
     Attributes:
         float_size: bytes of the float model's file; None before the first measurement, or where it has none.
     """
 
-    def __init__(self, model: nn.Module, statistics: Statistics, target: Target, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, example: Inputs, target: Target, folder: Path, dynamic_shapes: Any = None
+    ) -> None:
         self.float_size: int | None = None
-        self._model, self._statistics, self._target, self._folder = model, statistics, target, folder
+        self._model, self._example, self._target, self._folder = model, example, target, folder
+        self._dynamic_shapes = dynamic_shapes
         self._float: Path | None = None
         self._float_fails = self._missing = False
 
@@ -62,7 +65,7 @@ class DeployedFiles:
     def _ratio(self, quantized: fx.GraphModule, file: Path, reference: Path) -> float | None:
         if self._target.name != ONNXRUNTIME.name:
             return None
-        contract, inputs = record_of(quantized).contract, self._statistics.first()
+        contract, inputs = record_of(quantized).contract, self._example
         if contract.divisible:
             inputs = pytree.tree_map_only(Tensor, lambda x: x[:1], inputs)
         arrays = [x.detach().cpu().numpy() for x in contract.flatten(inputs) if isinstance(x, Tensor)]
@@ -75,11 +78,16 @@ class DeployedFiles:
 
     def _float_file(self) -> Path | None:
         if self._float is None and not self._float_fails:
-            args, kwargs = self._statistics.first()
+            args, kwargs = self._example
             named = signature_of(self._model.forward).bind(*args, **kwargs).arguments if kwargs else {}
             example: Any = named if kwargs else args
             try:
-                self._float = api.export_onnx(self._model, self._folder / "float.onnx", example_inputs=example)
+                self._float = api.export_onnx(
+                    self._model,
+                    self._folder / "float.onnx",
+                    example_inputs=example,
+                    dynamic_shapes=self._dynamic_shapes,
+                )
                 self.float_size = _size_of(self._float)
             except QdqError as error:
                 self._float_fails = True

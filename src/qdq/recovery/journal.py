@@ -9,10 +9,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..atomic_file import replaced_at_once
+from ..batches import Inputs
 from ..calib.statistics import Statistics
 from ..calib.storage import load, save
 from ..errors import DataError, RecipeError
@@ -36,6 +37,8 @@ class Journal:
         deploy_target: name of the target.
         target: the share of the float model's metric that is asked for.
         baseline: the metric of the float model.
+        example_inputs: dtypes, shapes and fixed values of those given, as text; None for none.
+        dynamic_shapes: as given, as text; None for none.
         float_size: bytes of the float model's file.
         orders: what was changed -> patterns of the layers, the worst first.
         rungs: evaluated.
@@ -48,6 +51,8 @@ class Journal:
     deploy_target: str
     target: float
     baseline: float
+    example_inputs: str | None = None
+    dynamic_shapes: str | None = None
     float_size: int | None = None
     orders: dict[str, list[list[str]]] = dataclasses.field(default_factory=dict)
     rungs: list[Rung] = dataclasses.field(default_factory=list)
@@ -68,13 +73,15 @@ class Journal:
             else:
                 same = known == value
             if not same:
-                told = f": {known} in the journal, now {value}" if isinstance(value, (float, str)) else ""
+                told = f": {known} in the journal, now {value}"
                 what = {
-                    "model": "another float model (its parameters differ)",
+                    "model": "another float model (its parameters, buffers or modules differ)",
                     "baseline": f"another metric of the float model{told}",
                     "recipe": "another recipe",
                     "target": f"another target{told}",
                     "deploy_target": f"another deploy_target{told}",
+                    "example_inputs": f"other example_inputs{told}",
+                    "dynamic_shapes": f"other dynamic_shapes{told}",
                 }[name]
                 raise DataError(
                     f"the journal {str(path)!r} is of {what}: give another path, or remove the file to begin anew"
@@ -86,15 +93,16 @@ def statistics_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.statistics.safetensors")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of a model's parameters and buffers."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def example_text(inputs: Inputs) -> str:
+    """What a graph captured with such inputs depends on: dtypes, shapes, and the values of what is no tensor."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return repr(value)
+
+    args, kwargs = pytree.tree_map(text, inputs)
+    return ", ".join([*map(str, args), *(f"{key}={value}" for key, value in kwargs.items())])
 
 
 def store_statistics(path: Path, statistics: Statistics) -> str:
@@ -169,6 +177,8 @@ class _Damaged(Exception):
 
 def _journal(data: dict[str, Any]) -> Journal:
     texts = {key: _kept(data, key, str) for key in ("model", "deploy_target", "statistics")}
+    # Journals of before these could be given lack them.
+    texts |= {key: _kept({key: data.get(key)}, key, str, True) for key in ("example_inputs", "dynamic_shapes")}
     orders = _kept(data, "orders", dict)
     for order in orders.values():
         lists = isinstance(order, list) and all(isinstance(patterns, list) for patterns in order)

@@ -10,9 +10,19 @@ from typing import Any
 from ..descriptor import QuantDescriptor
 from ..recipe import Recipe
 
-# What rungs add, in the order of application: what changes the float weights comes before what rounds them, then the
-# correction of biases, then training.
-_ADDED = ("equalization", "smoothquant", "adaround", "bias_correction", "fine_tuning")
+# The order of application, also of what no rung adds: what moves factors between layers (each from what those before it
+# left), then step sizes, codes, the biases that go with them, and training.
+_ORDER = (
+    "equalization",
+    "smoothquant",
+    "awq",
+    "weight_clipping",
+    "gptq",
+    "adaround",
+    "block_reconstruction",
+    "bias_correction",
+    "fine_tuning",
+)
 # Each sets the codes of a layer by itself.
 _ROUNDINGS = ("gptq", "adaround", "block_reconstruction")
 # As rungs are named.
@@ -103,7 +113,7 @@ def _add(recipe: Recipe, name: str) -> Recipe:
         return recipe
     if name in _ROUNDINGS:
         known = {other: options for other, options in known.items() if other not in _ROUNDINGS}
-    later = [index for index, other in enumerate(known) if other in _ADDED[_ADDED.index(name) :]]
+    later = [index for index, other in enumerate(known) if other in _ORDER[_ORDER.index(name) :]]
     position = later[0] if later else len(known)
     items: list[tuple[str, Mapping[str, Any]]] = list(known.items())
     return dataclasses.replace(recipe, algorithms=dict([*items[:position], (name, {}), *items[position:]]))

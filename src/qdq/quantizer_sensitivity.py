@@ -33,7 +33,9 @@ def sensitivity(
     kinds: Iterable[str] = ("activation", "weight"),
     float_model: nn.Module | None = None,
     samples_at_once: int | None = 16,
+    example_inputs: Any = None,
     inputs_of: Callable[[Any], Any] | None = None,
+    dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> Sensitivity:
     """What each quantizer of a model costs: alone on in the float model, and alone off in the quantized one.
@@ -45,7 +47,7 @@ def sensitivity(
         model: what `qdq.quantize` returned; or a float model, which is quantized on the same batches first.
         batches: as for `qdq.quantize`; data that can be gone through twice where the model is float.
         metric: takes a model, called as the user's own is, and gives a number: the larger the better.
-        target, recipe: of a float model, as for `qdq.quantize`.
+        target, recipe, example_inputs, dynamic_shapes: of a float model, as for `qdq.quantize`.
         bits: a number of bits or several, from 2 to 16, at which each quantizer is tried as well, its step size found
             anew; weights with at most 8.
         kinds: what is tried: "activation", "weight", and "layer" (weight and input at once).
@@ -71,8 +73,10 @@ def sensitivity(
     if float_model is not None and (not isinstance(float_model, nn.Module) or KEY in getattr(float_model, "meta", {})):
         raise QdqError(f"float_model must be the float model that model was made from, not {_kind(float_model)}")
     if KEY in getattr(model, "meta", {}):
-        if target is not None or recipe is not None:
-            raise QdqError("model is quantized already: target and recipe are for a float model")
+        if any(given is not None for given in (target, recipe, example_inputs, dynamic_shapes)):
+            raise QdqError(
+                "model is quantized already: target, recipe, example_inputs and dynamic_shapes are for a float model"
+            )
         quantized: Any = model
     else:
         if has_quantizers(model):
@@ -85,7 +89,9 @@ def sensitivity(
                 "quantizers: pass a list or a DataLoader"
             )
         to = "onnxruntime" if target is None else target
-        quantized = api.quantize(model, batches, to, recipe, progress=progress, inputs_of=inputs_of)
+        quantized = api.quantize(
+            model, batches, to, recipe, example_inputs, progress, inputs_of=inputs_of, dynamic_shapes=dynamic_shapes
+        )
         float_model = model
     reference = None if float_model is None else eval_copy(float_model)
     return _of_graph(quantized, batches, metric, numbers, chosen, reference, samples_at_once, inputs_of, progress)
