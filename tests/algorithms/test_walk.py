@@ -202,14 +202,52 @@ def _errors(build, recipe: Recipe, batches: list[Tensor]) -> float:
         return sqnr_db([model(held_out).numpy()], [qmodel(held_out).numpy()])
 
 
-@pytest.mark.parametrize(("build", "bits", "gain"), [(s1, 8, 0.3), (s2, 8, 0.5), (s2, 4, 1.5)])
-def test_bias_correction_gains(build, bits: int, gain: float, fashion_batches) -> None:
-    weights = qdq.QuantDescriptor(num_bits=bits, axis=0, narrow_range=True)
+@pytest.mark.parametrize(
+    ("build", "bits", "activations", "gain"),
+    # The more precise the activations, the more of the error is that of the weights, which a bias can take.
+    [(s1, 8, 8, 0.8), (s2, 8, 8, 0.4), (s2, 4, 8, 3.5), (s1, 8, 16, 4.0)],
+)
+def test_bias_correction_gains(build, bits: int, activations: int, gain: float, fashion_batches) -> None:
+    fields = {
+        "weights": qdq.QuantDescriptor(num_bits=bits, axis=0, narrow_range=True),
+        "activations": qdq.QuantDescriptor(num_bits=activations),
+        "calibration": "mse" if activations == 8 else "max",
+    }
     plain, corrected = (
-        _errors(build, Recipe(weights=weights, calibration="mse", algorithms=algorithms), fashion_batches)
+        _errors(build, Recipe(**fields, algorithms=algorithms), fashion_batches)
         for algorithms in ({}, ["bias_correction"])
     )
     assert corrected > plain + gain
+
+
+@pytest.mark.parametrize("clip", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 2.0)], ids=repr)
+def test_bias_correction_looks_at_what_a_clip_lets_through(clip: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), clip, nn.Conv2d(2, 1, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -0.7]).reshape(2, 1, 1, 1))
+        model[0].bias.copy_(torch.tensor([0.2, -0.1]))
+    x = 2 * torch.randn(32, 1, 16, 16)
+    qmodel = quantize(model, [x], recipe=PLAIN)
+
+    class Smaller(Algorithm):
+        """As if quantization had taken a tenth of the weight."""
+
+        def visit_layer(self, visit: LayerVisit) -> None:
+            if visit.layer.name == "0.weight":
+                visit.set_weight(0.9 * visit.float_weight)
+
+    before = qmodel.get_parameter("0.bias").detach().clone()
+    Walk(qmodel, [[x[:16]], [x[16:]]]).run([Smaller(), BiasCorrection()], progress=False)
+    with torch.no_grad():
+        low, high = float(clip(torch.tensor(-1e9))), float(clip(torch.tensor(1e9)))
+        wanted = model[0](x)
+        passes = (wanted > low) & (wanted < high)
+        shift = 0.1 * model[0].weight.flatten()[:, None, None] * x
+        expected = (shift * passes).sum((0, 2, 3)) / passes.sum((0, 2, 3))
+    change = qmodel.get_parameter("0.bias").detach() - before
+    assert expected.abs().max() > 0.03
+    torch.testing.assert_close(change, expected, rtol=0.1, atol=0.02)
 
 
 def test_bias_correction_takes_the_shift_off_and_nothing_that_chance_made() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..graph.ops import Kind, clip_bounds, kind_of
 from .algorithm import Algorithm
 from .walk import LayerVisit
 
@@ -19,6 +21,10 @@ class BiasCorrection(Algorithm):
     The empirical form of Nagel, van Baalen, Blankevoort, Welling, "Data-Free Quantization Through Weight Equalization
     and Bias Correction" (ICCV 2019), section 4.2: the shift is measured layer by layer, with all layers before it
     quantized and corrected.
+
+    Where a ReLU or another clip follows, the shift is the mean over the positions that pass it in the float model: what
+    happens where all is cut off anyway must not decide the bias of the rest. (In a network of ReLUs half of all
+    positions are cut, and the errors of both halves differ.)
 
     A mean over few samples is uncertain. The correction is the shift times 1 - v / shift**2 (0 where that is negative),
     where v is the variance of the mean as the samples show it: what chance may have made is not corrected.
@@ -38,20 +44,37 @@ class BiasCorrection(Algorithm):
         axis = visit.layer.output_axis
         if visit.bias is None or (axis == -1 and visit.float_outputs[0].dim() > 2):
             return
-        # One mean per sample and channel: positions of one image are not independent.
-        shifts = torch.cat(
-            [_shifts(wanted, given, axis) for wanted, given in zip(visit.float_outputs, visit.outputs, strict=True)]
-        )
-        mean = shifts.mean(0)
-        if shifts.shape[0] > 1:
-            variance = shifts.var(0) / shifts.shape[0]
+        bounds = _kept_range(visit.node)
+        pairs = zip(visit.float_outputs, visit.outputs, strict=True)
+        parts = [_sums(wanted, given, axis, bounds) for wanted, given in pairs]
+        sums, counts = (torch.cat(part) for part in zip(*parts, strict=True))
+        count, samples = counts.sum(0).clamp(min=1), len(sums)
+        mean = sums.sum(0) / count
+        if samples > 1:
+            # That of a ratio of two sums over samples: positions of one sample are not independent.
+            squares = (sums - mean * counts).square().sum(0)
+            variance = squares / count.square() * (samples / (samples - 1))
             mean = mean * (1 - variance / mean.square().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=0)
         visit.set_bias(visit.bias + mean)
 
 
-def _shifts(wanted: Tensor, given: Tensor, axis: int) -> Tensor:
-    """The mean of `wanted - given` over positions, float64: (samples, channels)."""
+def _kept_range(node: fx.Node) -> tuple[float, float]:
+    """Between what bounds the values of a layer pass the clip behind it; infinite ones where there is none."""
+    users = list(node.users)
+    clipped = len(users) == 1 and kind_of(users[0]) is Kind.CLIP
+    return clip_bounds(users[0]) if clipped else (-math.inf, math.inf)
+
+
+def _sums(wanted: Tensor, given: Tensor, axis: int, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Sum and count of `wanted - given` where `wanted` lies within the bounds, float64: (samples, channels) each."""
     difference = wanted - given
+    if bounds == (-math.inf, math.inf):
+        kept = torch.ones((), dtype=torch.bool, device=wanted.device).expand_as(difference)
+    else:
+        kept = (wanted > bounds[0]) & (wanted < bounds[1])
+        difference *= kept
     if difference.dim() == -axis:  # a single sample, without a dimension for it
-        difference = difference[None]
-    return difference.double() if axis == -1 else difference.flatten(2).mean(2, dtype=torch.float64)
+        difference, kept = difference[None], kept[None]
+    if axis == -1:
+        return difference.double(), kept.double()
+    return difference.flatten(2).sum(2, dtype=torch.float64), kept.flatten(2).sum(2, dtype=torch.float64)

@@ -184,7 +184,7 @@ def _round_layers(walk: Walk, block: Block, states: Sequence[_State]) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         inputs, in_float = [v[source] for v in values], [state.in_float[source] for state in states]
-        visit = LayerVisit(walk, layer, inputs, in_float)
+        visit = LayerVisit(walk, layer, node, inputs, in_float)
         walk.replace(layer.weight, walk.original(layer.weight))
         corrected = layer.bias is not None and not torch.equal(walk.parameter(layer.bias), walk.original(layer.bias))
         if layer.bias is not None and corrected:

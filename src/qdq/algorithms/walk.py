@@ -29,12 +29,13 @@ class LayerVisit:
 
     Attributes:
         layer: the layer.
+        node: that computes it.
         inputs: what the quantized model gives it, one tensor per batch.
         float_inputs: what the float model gives it.
     """
 
-    def __init__(self, walk: Walk, layer: Layer, inputs: Values, float_inputs: Values) -> None:
-        self.walk, self.layer, self.inputs, self.float_inputs = walk, layer, inputs, float_inputs
+    def __init__(self, walk: Walk, layer: Layer, node: fx.Node, inputs: Values, float_inputs: Values) -> None:
+        self.walk, self.layer, self.node, self.inputs, self.float_inputs = walk, layer, node, inputs, float_inputs
         self._float_outputs: Values | None = None
         self._outputs: Values | None = None
         self._bias_of_outputs: Tensor | None = None
@@ -233,7 +234,7 @@ class Walk:
         if layer is not None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            visit = LayerVisit(self, layer, *values[source])
+            visit = LayerVisit(self, layer, node, *values[source])
             for visitor in visitors:
                 visitor.visit_layer(visit)
             bias = node.args[2] if len(node.args) > 2 else None
