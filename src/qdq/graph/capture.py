@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -45,7 +45,8 @@ def capture(
     """
     model = eval_copy(model)
     # Where torch.export fails it leaves its marks (what is dynamic) on the tensors, and a second call would heed them.
-    inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, dict(kwargs or {})))
+    given = (args, dict(kwargs or {}))
+    inputs = cast(Inputs, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, given))
     check_example(*inputs)
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "static":
         raise DataError(f"dynamic_shapes must be None, 'static' or what torch.export takes, not {dynamic_shapes!r}")
