@@ -91,14 +91,14 @@ def _row(case: Case, made: contenders.Contender) -> dict[str, Any]:
 
 
 def _bars(name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    scores = [key for key in rows["fp32"] if key != "MB"]
+    losses = {k: {s: 1 - row[s] / rows["fp32"][s] for s in scores} for k, row in rows.items() if k != "fp32"}
+    # One row is judged by all scores: that whose worst loss is the least.
+    judged = "adaround" if "adaround" in losses else min(losses, key=lambda key: max(losses[key].values()))
     lines = []
-    for score in [key for key in rows["fp32"] if key != "MB"]:
-        losses = {key: 1 - row[score] / rows["fp32"][score] for key, row in rows.items() if key != "fp32"}
-        judged = "adaround" if "adaround" in losses else min(losses, key=lambda key: losses[key])
-        verdict = "PASS" if losses[judged] <= _LOSS[name] else "FAIL"
-        lines.append(
-            f"{verdict}  {name}: {judged} loses {100 * losses[judged]:.2f} % of {score} (<= {_LOSS[name]:.0%})"
-        )
+    for score, loss in losses[judged].items():
+        verdict = "PASS" if loss <= _LOSS[name] else "FAIL"
+        lines.append(f"{verdict}  {name}: {judged} loses {100 * loss:.2f} % of {score} (<= {_LOSS[name]:.0%})")
     return lines
 
 
