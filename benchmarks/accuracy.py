@@ -3,12 +3,14 @@
     python benchmarks/accuracy.py                               # all models, three calibration subsets: hours
     python benchmarks/accuracy.py --models s1 p1 --subsets 1
     python benchmarks/accuracy.py --models s1 --contenders qdq nncf --no-latency
+    python benchmarks/accuracy.py --show                        # the tables of the last run
 
 Every contender gets the same calibration data, subset by subset; the table shows means over the subsets and two
 standard errors. Scores and SQNR are taken where the contender runs: qdq and quantize_static in ONNX Runtime, NNCF in
 OpenVINO, ModelOpt, torchao and Brevitas in PyTorch, in their own simulations, which have no latency to compare.
 Latency is that of the first subset's files, interleaved, 2 threads. The exit code is 1 where a contender failed or a
-bar was missed. `setup_env.sh FOLDER accuracy` makes the environment.
+bar was missed. Where a rival's score is above that of the float model, which is chance, the float model's counts as the
+best. `setup_env.sh FOLDER accuracy` makes the environment.
 """
 
 from __future__ import annotations
@@ -67,13 +69,16 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    path = None if options.json == "-" else Path(options.json or RESULTS)
+    if options.show:
+        return _show(path or RESULTS)
     _quiet()
     torch.set_num_threads(contenders.THREADS)
-    report: dict[str, Any] = {"environment": measure.environment(), "models": {}}
-    path = None if options.json == "-" else Path(options.json or RESULTS)
+    environment = measure.environment()
+    report: dict[str, Any] = {"models": {}}
     if path is not None and path.exists() and options.add:
         report = json.loads(path.read_text(encoding="utf-8"))
-    print(report["environment"], flush=True)
+    print(environment, flush=True)
     failed = False
     for name in options.models:
         rows = _one_model(name, options)
@@ -82,10 +87,21 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(lines), flush=True)
         failed |= any(row.error for row in rows.values()) or any(line.startswith("FAIL") for line in lines)
         known = report["models"].get(name, {"rows": {}})["rows"] if options.add else {}
-        report["models"][name] = {"rows": {**known, **{k: asdict(r) for k, r in rows.items()}}, "bars": lines}
+        made = {**known, **{k: asdict(r) for k, r in rows.items()}}
+        report["models"][name] = {"environment": environment, "rows": made, "bars": lines}
         if path is not None:
             path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     return int(failed)
+
+
+def _show(path: Path) -> int:
+    for name, model in json.loads(path.read_text(encoding="utf-8"))["models"].items():
+        rows = {key: Row(**row) for key, row in model["rows"].items()}
+        for row in rows.values():
+            row.latency_ratio = measure.Ratio(**row.latency_ratio) if isinstance(row.latency_ratio, dict) else None
+        lines = _bars(name, rows)
+        print(f"{model['environment']}\n\n{_table(name, rows)}\n" + "\n".join(lines) + "\n")
+    return 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -100,6 +116,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-latency", action="store_true", help="scores, SQNR, size and seconds only")
     parser.add_argument("--budget", default="10min", help="of qdq.recover for each model (default 10min)")
     parser.add_argument("--json", metavar="FILE", help="default results/accuracy.json; - writes none")
+    parser.add_argument("--show", action="store_true", help="print the tables of the JSON file, and measure nothing")
     parser.add_argument("--add", action="store_true", help="keep what the JSON file has of other models and contenders")
     options = parser.parse_args(arguments)
     if options.subsets < 1 or options.rounds < 1:
@@ -253,11 +270,11 @@ def _bars(name: str, rows: dict[str, Row]) -> list[str]:
         if theirs:
             best = max(theirs, key=lambda key: statistics.fmean(theirs[key]))
             noise = 2 * math.hypot(_standard_error(mine), _standard_error(theirs[best]))
-            gap = statistics.fmean(mine) - statistics.fmean(theirs[best])
-            text = (
-                f"{name}: {what} {statistics.fmean(mine):.4g}, best of the others {statistics.fmean(theirs[best]):.4g}"
-            )
-            lines.append(_line(gap >= -noise, f"{text} ({best}; noise {noise:.2g})"))
+            value = statistics.fmean(theirs[best])
+            text = f"{name}: {what} {statistics.fmean(mine):.4g}, best of the others {value:.4g}"
+            in_float = fp32.scores[what][0] if what in fp32.scores else math.inf
+            told = f"{best}; noise {noise:.2g}" + (f"; fp32 {in_float:.4g}" if value > in_float else "")
+            lines.append(_line(statistics.fmean(mine) >= min(value, in_float) - noise, f"{text} ({told})"))
     allowed = 0.01 if name in DEPTHWISE else 0.005
     for score, values in ours.scores.items():
         loss = 1 - statistics.fmean(values) / fp32.scores[score][0]

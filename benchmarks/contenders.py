@@ -97,7 +97,8 @@ def quantize_static(
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.rest: Iterator[dict[str, np.ndarray]] = iter(_feeds(case, fp32))
+            feeds = _feeds(case, fp32)
+            self.rest: Iterator[dict[str, np.ndarray]] = iter(feeds if method == "minmax" else _padded(feeds))
 
         def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
             return next(self.rest, None)
@@ -121,6 +122,8 @@ def quantize_static(
             "percentile": CalibrationMethod.Percentile,
         }[method],
         op_types_to_quantize=list(operations) if operations else None,
+        # Looked at so many batches at once: the outputs of all do not fit in memory.
+        extra_options={"CalibMaxIntermediateOutputs": 4} if case.kind == "transformer" else None,
     )
     return path
 
@@ -197,6 +200,17 @@ def _feeds(case: Case, fp32: Path) -> list[dict[str, np.ndarray]]:
     """The calibration batches by the input names of the file."""
     names = [entry.name for entry in onnx.load(fp32, load_external_data=False).graph.input]
     return [{n: t.numpy() for n, t in zip(names, batch, strict=True)} for batch in case.calibration]
+
+
+def _padded(feeds: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """All batches of one shape, filled up with zeros (padding, masked): the runtime's histograms take no others."""
+    shapes = {name: np.max([feed[name].shape for feed in feeds], axis=0) for name in feeds[0]}
+
+    def fill(name: str, array: np.ndarray) -> np.ndarray:
+        sizes = zip(array.shape[1:], shapes[name][1:], strict=True)
+        return np.pad(array, [(0, 0), *((0, most - size) for size, most in sizes)])
+
+    return [{name: fill(name, array) for name, array in feed.items()} for feed in feeds]
 
 
 def _size(path: Path) -> int:

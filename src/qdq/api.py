@@ -34,6 +34,7 @@ from .graph.example import eval_copy, runs_on
 from .graph.explanation import Explanation
 from .graph.fold import fold
 from .graph.insert import insert
+from .graph.parameters import device_of
 from .graph.place import place
 from .graph.record import KEY, Record, record_of
 from .graph.targets import ONNXRUNTIME, Target, check_activation_bits, find_target, reduces_range
@@ -101,8 +102,10 @@ def quantize(
     signature = signature_of(model.forward)
     runs = runs_on(model)
     data: Any = batches
-    if isinstance(data, Statistics) and data.model is not None:
-        data.check_model(fingerprint(model))
+    if isinstance(data, Statistics):
+        if data.model is not None:
+            data.check_model(fingerprint(model))
+        data = data.to(device_of(model))
     if not isinstance(batches, Statistics) and not is_data_function(batches):
         data = Batches(batches, signature, inputs_of, runs)
     if example_inputs is not None:

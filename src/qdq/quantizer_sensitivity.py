@@ -16,6 +16,7 @@ from .calib.statistics import Statistics
 from .errors import DataError, QdqError
 from .export.module_graph import has_quantizers
 from .graph.example import eval_copy
+from .graph.parameters import device_of
 from .graph.record import KEY, record_of
 from .graph.targets import Target
 from .recipe import Recipe
@@ -109,7 +110,7 @@ def _of_graph(
     progress: bool,
 ) -> Sensitivity:
     contract, run = record_of(model).contract, batches
-    data: Statistics | Batches | None = batches if isinstance(batches, Statistics) else None
+    data: Statistics | Batches | None = batches.to(device_of(model)) if isinstance(batches, Statistics) else None
     if data is None and not is_data_function(batches):
         data = Batches(batches, contract.signature, inputs_of, contract.fits)
     if metric is not None:

@@ -89,7 +89,7 @@ class AWQ(Algorithm):
     ) -> Tensor | None:
         """The factors of least error; None where that of the weights as they are is as small."""
         count = connection.producer.channels
-        means = torch.zeros(count, dtype=torch.float64)
+        means = torch.zeros(count, dtype=torch.float64, device=connection.free.device)
         for reader in connection.readers:
             before = scaling.input_factors(reader.layer)
             means = torch.maximum(means, reader.maxima(inputs[reader.layer.name].means() / before, count))
@@ -129,9 +129,9 @@ class _Input:
         self.total = total if self.total is None else self.total + total
         self.seen += features.shape[0]
         known = self.matrix.positions(x)
-        chosen = torch.linspace(0, known - 1, min(self.positions, known)).round().long() if known else None
-        if chosen is not None:
-            self.patches.append(self.matrix.patches(x, chosen))
+        if known:
+            chosen = torch.linspace(0, known - 1, min(self.positions, known)).round().long()
+            self.patches.append(self.matrix.patches(x, chosen.to(x.device)))
 
     def means(self) -> Tensor:
         """[input channels], float64: the mean magnitudes."""

@@ -126,7 +126,8 @@ def _concatenated(node: fx.Node, labels: dict[fx.Node, Any], value: Callable[[fx
     parts = node.args[0]
     if not isinstance(parts, (list, tuple)):
         return None
-    given = [labels[p] if p in labels else torch.tensor(OTHER).expand(value(p)) for p in parts]  # type: ignore[index]
+    other = next(iter(labels.values())).new_full((), OTHER)
+    given = [labels[p] if p in labels else other.expand(value(p)) for p in parts]  # type: ignore[index]
     return torch.cat(given, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
 
 

@@ -35,8 +35,10 @@ class ChannelScaling:
     def input_factors(self, layer: Layer) -> Tensor:
         """[input channels], float64: what the layer's inputs have been divided by."""
         known = self._input_factors.get(layer.name)
-        count = channel_counts(layer, self.value(layer.weight))[0]
-        return torch.ones(count, dtype=torch.float64) if known is None else known
+        if known is not None:
+            return known
+        weight = self.value(layer.weight)
+        return weight.new_ones(channel_counts(layer, weight)[0])
 
     def reader_maxima(self, connection: Connection, reader: Reader) -> Tensor:
         """[channels], float64: the largest magnitude of the reader's weights for each of the producer's channels."""

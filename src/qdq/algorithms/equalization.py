@@ -86,7 +86,7 @@ class _Pair:
     def __init__(self, connection: Connection, clip_margin: float) -> None:
         self.connection, self.allowed = connection, 1 - clip_margin
         count = connection.producer.channels
-        self.factors = torch.ones(count, dtype=torch.float64)
+        self.factors = torch.ones(count, dtype=torch.float64, device=connection.free.device)
         # The largest values that readers are given, and the largest share of a clip's bound, with factors of 1.
         self.values, self.shares = torch.zeros_like(self.factors), torch.zeros_like(self.factors)
 

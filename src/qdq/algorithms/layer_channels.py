@@ -67,4 +67,4 @@ def _ungrouped(layer: Layer, grouped: Tensor, like: Tensor) -> Tensor:
 def feature_maxima(x: Tensor, dim: int) -> Tensor:
     """[size of `dim`]: the largest magnitude, float64; zeros where `x` is empty."""
     x = x.abs().movedim(dim, -1).reshape(-1, x.shape[dim])
-    return x.amax(0).double() if x.shape[0] else torch.zeros(x.shape[1], dtype=torch.float64)
+    return x.amax(0).double() if x.shape[0] else x.new_zeros(x.shape[1], dtype=torch.float64)

@@ -82,7 +82,7 @@ class Reader:
     def maxima(self, values: Tensor, channels: int) -> Tensor:
         """[channels]: of one value per input channel the largest for each of the producer's channels, at least 0."""
         own = self.channels != OTHER
-        zeros = torch.zeros(channels, dtype=values.dtype)
+        zeros = values.new_zeros(channels)
         return zeros.scatter_reduce(0, self.channels[own], values[own], "amax")
 
 
@@ -184,8 +184,10 @@ class _Finder:
     def follow(self, producer: Producer) -> Connection:
         size = self.sizes[producer.output]
         shape = [-1 if d == len(size) + producer.dim else 1 for d in range(len(size))]
-        labels: dict[fx.Node, Any] = {producer.output: torch.arange(producer.channels).reshape(shape).expand(size)}
-        free = torch.ones(producer.channels, dtype=torch.bool)
+        device = tensor_at(self.graph_module, producer.name).device
+        channels = torch.arange(producer.channels, device=device)
+        labels: dict[fx.Node, Any] = {producer.output: channels.reshape(shape).expand(size)}
+        free = torch.ones(producer.channels, dtype=torch.bool, device=device)
         readers: list[Reader] = []
         clips: list[Clip] = []
         for node in self.nodes[self.order[producer.output] + 1 :]:

@@ -100,8 +100,8 @@ class SmoothQuant(Algorithm):
         seen: dict[fx.Node, InputValues],
     ) -> Tensor | None:
         count = connection.producer.channels
-        weights = torch.zeros(count, dtype=torch.float64)
-        values = torch.zeros(count, dtype=torch.float64)
+        weights = torch.zeros(count, dtype=torch.float64, device=connection.free.device)
+        values = torch.zeros_like(weights)
         for reader in connection.readers:
             weights = torch.maximum(weights, scaling.reader_maxima(connection, reader))
             values = torch.maximum(values, reader.maxima(seen[reader.source].maxima, count))

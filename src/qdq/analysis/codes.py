@@ -88,6 +88,7 @@ def compare_codes(
 
 
 def _compare(name: str, want: Tensor, got: Tensor, quantizer: AffineQuantizer) -> TensorFidelity:
+    want = want.cpu()
     difference = (got.double() - want.double()).abs()
     signal = float((want.double() - float(quantizer.zero_point)).square().sum())
     noise = float(difference.square().sum())

@@ -123,7 +123,7 @@ class _Comparison(StandIn):
         if self.first is None:
             self.first = (args, kwargs)
         simulated = self.simulation(*args, **kwargs)
-        expected = [t.detach() for t in pytree.tree_leaves(simulated) if isinstance(t, Tensor)]
+        expected = [t.detach().cpu() for t in pytree.tree_leaves(simulated) if isinstance(t, Tensor)]
         arrays = [
             np.asarray(t.detach().cpu()) for t in self.record.contract.flatten((args, kwargs)) if isinstance(t, Tensor)
         ]

@@ -58,6 +58,11 @@ class Statistics:
                 "the model given; give the model that they were collected from, or batches, to calibrate this one anew"
             )
 
+    def to(self, device: torch.device) -> Statistics:
+        """The same with the inputs on a device; histograms always are on the CPU."""
+        samples = pytree.tree_map_only(Tensor, lambda x: x.to(device), self.samples)
+        return Statistics(self.histograms, samples, self.model)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Statistics:
         # Never changed once made, and large: copies of a model share it.
         return self

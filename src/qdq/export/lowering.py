@@ -60,7 +60,7 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
     Raises:
         CalibrationError: an activation quantizer has no range; all such are named.
     """
-    lowered = copy.deepcopy(graph_module)
+    lowered = _on_cpu(copy.deepcopy(graph_module))
     modules = dict(lowered.named_modules())
     missing = [n for n, m in modules.items() if isinstance(m, AffineQuantizer) and m.enabled and not m.calibrated]
     if missing:
@@ -106,6 +106,14 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
     lowered.graph.lint()
     lowered.recompile()
     return lowered
+
+
+def _on_cpu(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph module with its values on the CPU, where files are made; a file knows no devices."""
+    for node in graph_module.graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.update_kwarg("device", torch.device("cpu"))
+    return graph_module.cpu()
 
 
 def _lower_bias(lowered: fx.GraphModule, node: fx.Node, module: BiasQuantizer) -> None:

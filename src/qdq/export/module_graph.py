@@ -223,7 +223,7 @@ class _Conversion:
         zero = 0 if fmt.unsigned or not self.target.unsigned else 128
         quantizer = AffineQuantizer(
             self._name(path), int(fmt.lo) + zero, int(fmt.hi) + zero, symmetric=True, origin=path
-        )
+        ).to(amax.device)
         wide = amax.reshape(()).clamp(min=TINY_AMAX)
         quantizer.step_size.copy_(wide / torch.full_like(wide, fmt.bound))
         quantizer.zero_point.fill_(zero)

@@ -33,7 +33,7 @@ from .ops import (
     rank_of,
     weight_position,
 )
-from .parameters import tensor_at
+from .parameters import device_of, tensor_at
 from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
 from .targets import Target, reduces_range
 
@@ -83,6 +83,7 @@ class _Insertion:
     def __init__(self, graph_module: fx.GraphModule, plan: Plan, target: Target, recipe: Recipe) -> None:
         self.graph_module, self.plan, self.target, self.recipe = graph_module, plan, target, recipe
         self.graph = graph_module.graph
+        self.device = device_of(graph_module)
         self.reduce = reduces_range(target, recipe.reduce_range)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.sources = {tensor: self._source(tensor) for tensor in plan.tensors}
@@ -235,7 +236,7 @@ class _Insertion:
             inputs=value.shape[1 - key[1]] if key[2] else 0,
             stored_bits=4 if in_float and bits <= 4 and self.target.int4 else 8,
         )
-        quantizer.fit(value, self.recipe.weight_calibration)
+        quantizer.to(value.device).fit(value, self.recipe.weight_calibration)
         self.graph_module.add_submodule(name, quantizer)
         return name
 
@@ -285,7 +286,7 @@ class _Insertion:
             method=override.calibration or self.recipe.calibration,
             percentile=float(self.recipe.percentile),
             usual_method=self._usual_method(root),
-        )
+        ).to(self.device)
         if descriptor is not None and isinstance(descriptor.amax, np.ndarray):
             amax = float(descriptor.amax.item())
             quantizer.set_range(0.0 if descriptor.unsigned else -amax, amax)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor, fx, nn
 
 from .ops import value_of
@@ -30,6 +33,12 @@ def get_attribute(graph_module: fx.GraphModule, name: str, like: fx.Node) -> fx.
     mode = getattr(template, "fake_mode", None)
     node.meta = {"val": mode.from_tensor(value) if mode is not None else value, "qdq_constant": True}
     return node
+
+
+def device_of(graph_module: nn.Module) -> torch.device:
+    """Where a model's values are: the device of its first parameter or buffer; the CPU where it has none."""
+    tensors = itertools.chain(graph_module.parameters(), graph_module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def tensor_at(graph_module: nn.Module, path: str) -> Tensor:

@@ -26,6 +26,7 @@ from ..calib.statistics import Statistics, count_samples
 from ..errors import DataError, QdqError, RecipeError
 from ..fingerprint import fingerprint
 from ..graph.example import eval_copy, runs_on
+from ..graph.parameters import device_of
 from ..graph.record import KEY, record_of
 from ..graph.targets import Target, find_target
 from ..quantizer_sensitivity import sensitivity
@@ -144,7 +145,7 @@ def recover(
     if known is not None and path is not None:
         known.check(path, asked)
         known.check(path, {"baseline": _baseline(evaluate, model)})
-        statistics = restore_statistics(path, known)
+        statistics = restore_statistics(path, known).to(device_of(model))
     else:
         statistics = _collect(quantize, batches, recipe)
         begin = _without_tuning(quantize, statistics, recipe)
