@@ -82,12 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in options.models:
         rows = _one_model(name, options)
+        if options.add:
+            rows = _added(_rows(report["models"].get(name, {"rows": {}})["rows"]), rows)
         lines = _bars(name, rows)
         print("\n" + _table(name, rows), flush=True)
         print("\n".join(lines), flush=True)
         failed |= any(row.error for row in rows.values()) or any(line.startswith("FAIL") for line in lines)
-        known = report["models"].get(name, {"rows": {}})["rows"] if options.add else {}
-        made = {**known, **{k: asdict(r) for k, r in rows.items()}}
+        made = {key: asdict(row) for key, row in rows.items()}
         report["models"][name] = {"environment": environment, "rows": made, "bars": lines}
         if path is not None:
             path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
@@ -96,12 +97,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _show(path: Path) -> int:
     for name, model in json.loads(path.read_text(encoding="utf-8"))["models"].items():
-        rows = {key: Row(**row) for key, row in model["rows"].items()}
-        for row in rows.values():
-            row.latency_ratio = measure.Ratio(**row.latency_ratio) if isinstance(row.latency_ratio, dict) else None
+        rows = _rows(model["rows"])
         lines = _bars(name, rows)
         print(f"{model['environment']}\n\n{_table(name, rows)}\n" + "\n".join(lines) + "\n")
     return 0
+
+
+def _rows(data: dict[str, dict[str, Any]]) -> dict[str, Row]:
+    rows = {key: Row(**row) for key, row in data.items()}
+    for row in rows.values():
+        row.latency_ratio = measure.Ratio(**row.latency_ratio) if isinstance(row.latency_ratio, dict) else None
+    return rows
+
+
+def _added(known: dict[str, Row], rows: dict[str, Row]) -> dict[str, Row]:
+    """All rows, in one order; latencies stay where none was measured now."""
+    for key, row in rows.items():
+        if row.latency_ms is None and key in known:
+            row.latency_ms, row.latency_ratio = known[key].latency_ms, known[key].latency_ratio
+    together = {**known, **rows}
+    return {key: together[key] for key in ("fp32", *_NAMES) if key in together}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -157,7 +172,7 @@ def _one_model(name: str, options: argparse.Namespace) -> dict[str, Row]:
                 gc.collect()
         if not options.no_latency:
             measure.progress(f"{name}: latency of {len(timed)} contenders, {options.rounds} rounds")
-            runs = {key: made.run for key, made in timed.items()}
+            runs = {key: made.extra.get("timed", made.run) for key, made in timed.items()}
             taken = measure.interleaved(runs, cases.build(name).timed, options.rounds, options.seconds)
             for key, values in taken.items():
                 rows[key].latency_ms = float(np.median(values))
@@ -211,7 +226,7 @@ def _builders(case: Case, fp32: Path, folder: Path, options: argparse.Namespace)
         "static minmax": static("minmax"),
         "static entropy": static("entropy"),
         "static percentile": static("percentile"),
-        "nncf": lambda: contenders.nncf_contender(case, fp32, folder),
+        "nncf": lambda: _in_float32(contenders.nncf_contender(case, fp32, folder), folder / "nncf.xml"),
         "modelopt": simulated(accuracy_peers.by_modelopt),
         "modelopt histogram": simulated(lambda c: accuracy_peers.by_modelopt(c, "histogram")),
         "torchao": simulated(accuracy_peers.by_torchao),
@@ -220,6 +235,13 @@ def _builders(case: Case, fp32: Path, folder: Path, options: argparse.Namespace)
     if not case.tasks:
         del found["qdq recover"]
     return {key: build for key, build in found.items() if key in options.contenders}
+
+
+def _in_float32(contender: Contender, path: Path) -> Contender:
+    """Scored with float operations in float32, and timed as OpenVINO runs by default: in bfloat16 on some processors."""
+    exact = contenders.openvino_contender(contender.name, path, contender.build_seconds, INFERENCE_PRECISION_HINT="f32")
+    exact.extra["timed"] = contender.run
+    return exact
 
 
 def _recovered(case: Case, folder: Path, budget: str) -> Contender:

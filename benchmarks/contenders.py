@@ -147,11 +147,11 @@ def nncf_contender(case: Case, fp32: Path, folder: Path) -> Contender:
     return openvino_contender("nncf", path, seconds)
 
 
-def openvino_contender(name: str, path: Path, build_seconds: float = 0.0) -> Contender:
-    """A model file (OpenVINO or ONNX) compiled for the CPU with one stream of `THREADS` threads."""
+def openvino_contender(name: str, path: Path, build_seconds: float = 0.0, **options: str) -> Contender:
+    """A model file (OpenVINO or ONNX) compiled for the CPU with one stream of `THREADS` threads, and other properties."""
     import openvino as ov
 
-    config = {"INFERENCE_NUM_THREADS": str(THREADS), "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+    config = {"INFERENCE_NUM_THREADS": str(THREADS), "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", **options}
     compiled = ov.Core().compile_model(path, "CPU", config)
     request = compiled.create_infer_request()
 

@@ -16,6 +16,8 @@ from .saturation import pair_safe_factor, shrink_pairs
 
 # Half of int32: the other half is left to the sum of products that the bias is added to.
 BIAS_CODE_LIMIT = 2**30
+# Of weights of more bits hardly anything is gained by a range that cuts off the largest.
+CLIPPED_BITS = 6
 
 
 class WeightQuantizer(nn.Module):
@@ -68,6 +70,8 @@ class WeightQuantizer(nn.Module):
     def fit(self, weight: Tensor, method: str) -> None:
         """Sets the step sizes from a weight: amax / bound, with the amax of "max" or of least squared error ("mse").
 
+        "auto" is "mse" up to 6 bits, and "max" for more.
+
         Where pairs must not saturate, larger step sizes are tried as well: fewer pairs are then shrunk.
         """
         weight = weight.detach()
@@ -76,7 +80,7 @@ class WeightQuantizer(nn.Module):
             # Zeros fill the last block: they quantize to themselves and change no range.
             short = -channels.shape[1] % self.block_size
             channels = F.pad(channels, (0, short)).reshape(-1, self.block_size)
-        if method == "mse":
+        if method == "mse" or (method == "auto" and self.num_bits <= CLIPPED_BITS):
             amax = channel_mse_amax(channels, 0, self.num_bits)
         else:
             amax = channels.abs().flatten(1).amax(1)

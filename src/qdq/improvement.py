@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from torch import fx
 
 from .affine_quantizer import AffineQuantizer
+from .algorithms.layer import layers_of
 from .algorithms.output_ranges import OutputRanges, Range
 from .algorithms.registry import algorithms_of
 from .algorithms.walk import Visitor, Walk
+from .algorithms.weight_ranges import WeightRanges
 from .calib.collectors import HistogramCollector
 from .calib.statistics import Inputs, Statistics, count_samples, evenly_spread
 from .calibration import (
@@ -22,6 +24,7 @@ from .calibration import (
     histogram_of,
     quantized_tensors,
 )
+from .constant_quantizers import CLIPPED_BITS
 from .graph.record import record_of
 from .recipe import Recipe
 
@@ -74,13 +77,18 @@ def improve(
     chosen = [q for q in activation_quantizers(graph_module) if q.method == "auto" and not q.fixed and not q.keeps_all]
     visitors: list[Visitor] = [*algorithms]
     most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
-    if chosen:
+    few_bits = any(layer.quantizer.num_bits <= CLIPPED_BITS for layer in layers_of(graph_module).values())
+    few_bits = few_bits and recipe.weight_calibration == "auto"
+    if chosen or few_bits:
         most = max(most, _COMPARED)
     if most and samples:
         spread = evenly_spread(statistics.samples, most, divisible=contract.divisible)
+        compared = _batches_of(_COMPARED, spread)
+        if few_bits:
+            visitors.insert(0, WeightRanges(compared))
         if chosen:
             proposals = {q.name: _proposals(q, histogram_of(graph_module, q, seen)) for q in chosen}
-            visitors.insert(0, OutputRanges(proposals, _batches_of(_COMPARED, spread)))
+            visitors.insert(0, OutputRanges(proposals, compared))
         walk = Walk(graph_module, [contract.flatten(inputs) for inputs in spread])
         walk.run(visitors, progress)
         for algorithm in algorithms:

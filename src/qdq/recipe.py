@@ -14,6 +14,7 @@ from .errors import RecipeError
 from .recipe_file import data_in_file, data_in_toml, data_in_yaml, yaml_of
 from .recipe_values import (
     CALIBRATION_METHODS,
+    WEIGHT_METHODS,
     Override,
     check_choice,
     check_keys,
@@ -56,7 +57,9 @@ class Recipe:
             operations (the rare, large activations of transformers carry meaning) and "mse" for everything else. With
             16 bits "auto" is "max".
         percentile: for "percentile", the share of values inside the range, in percent.
-        weight_calibration: "max" or "mse" (the amax of least squared error, searched per channel).
+        weight_calibration: how the amax of a weight is found: "max", or "mse", that of least squared error, searched
+            per channel. "auto" is "max" for weights of 7 and 8 bits; for fewer it takes, channel by channel, the one of
+            the two with the least error in the layer's output ("mse" where no inputs are known).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
             (the keys of `qdq.algorithms.registry.ALGORITHMS`). An empty list leaves it at the ranges.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
@@ -78,7 +81,7 @@ class Recipe:
     activations: QuantDescriptor | str = dataclasses.field(default_factory=default_activations)
     calibration: str = "auto"
     percentile: float = 99.99
-    weight_calibration: str = "max"
+    weight_calibration: str = "auto"
     algorithms: Mapping[str, Mapping[str, Any]] | Sequence[str] = dataclasses.field(
         default_factory=lambda: {"smoothquant": {}, "bias_correction": {}}
     )
@@ -100,7 +103,7 @@ class Recipe:
         check_weights(self.weights, "weights")
         object.__setattr__(self, "activations", read_activations(self.activations, "activations"))
         check_choice(self.calibration, "calibration", CALIBRATION_METHODS)
-        check_choice(self.weight_calibration, "weight_calibration", ("max", "mse"))
+        check_choice(self.weight_calibration, "weight_calibration", WEIGHT_METHODS)
         if isinstance(self.percentile, bool) or not isinstance(self.percentile, (int, float)):
             raise RecipeError(f"percentile must be a number, not {self.percentile!r}")
         if not 50.0 < self.percentile <= 100.0:

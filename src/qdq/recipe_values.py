@@ -10,6 +10,7 @@ from .descriptor import QuantDescriptor
 from .errors import RecipeError
 
 CALIBRATION_METHODS = ("auto", "max", "percentile", "mse", "entropy")
+WEIGHT_METHODS = ("auto", "max", "mse")
 _SCOPE_KEYS = ("weights", "activations", "calibration")
 
 

@@ -95,7 +95,8 @@ def layer_model(name: str, scale: float = 1.0) -> tuple[nn.Module, list[Tensor]]
 def quantized(
     model: nn.Module, batches: Sequence[Tensor], bits: int = 4, axis: int | None = 0, **options: object
 ) -> fx.GraphModule:
-    """Weights of so many bits, no algorithm applied."""
+    """Weights of so many bits over their whole range, no algorithm applied."""
+    options.setdefault("weight_calibration", "max")
     weights = QuantDescriptor(num_bits=bits, axis=axis, narrow_range=True, **options.pop("weights", {}))  # type: ignore[arg-type]
     recipe = Recipe(weights=weights, algorithms=[], calibration="max", **options)  # type: ignore[arg-type]
     return qdq.quantize(model, list(batches), recipe=recipe, progress=False)

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import qdq
 from algorithms.layer_cases import (
     LAYERS,
     assert_on_grid,
@@ -125,6 +126,32 @@ def test_four_bits_cost_trained_nets_little(net: str, loss: float) -> None:
     assert learned.accuracy >= learned.in_float * (1 - loss)
 
 
+def two_layers() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 6)).eval(), [randn(64, 24, seed=1)]
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(["2"], ["0"]), (["*"], []), (["0.weight", "2"], []), (None, ["2"])])
+def test_layers_may_be_chosen(layers: list[str] | None, kept: list[str]) -> None:
+    model, batches = two_layers()
+    layers = ["0"] if layers is None else layers
+    weights = qdq.QuantDescriptor(3, axis=0, narrow_range=True)
+    plain, chosen = (
+        qdq.quantize(model, batches, recipe=qdq.Recipe(weights=weights, algorithms=algorithms), progress=False)
+        for algorithms in ({}, {"adaround": {"layers": layers}})
+    )
+    for name in ("0", "2"):
+        same = torch.equal(weight_and_quantizer(plain, name)[0], weight_and_quantizer(chosen, name)[0])
+        assert same == (name in kept), name
+
+
+def test_a_pattern_that_names_no_layer_is_refused() -> None:
+    model, batches = two_layers()
+    recipe = qdq.Recipe(algorithms={"adaround": {"layers": ["0", "head"]}})
+    with pytest.raises(RecipeError, match=r"algorithms\['adaround'\]: the pattern 'head' of layers names no quantized"):
+        qdq.quantize(model, batches, recipe=recipe, progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,6 +164,9 @@ def test_four_bits_cost_trained_nets_little(net: str, loss: float) -> None:
         ({"regularisation": float("nan")}, "regularisation must be a number above 0, not nan"),
         ({"warmup": 1.0}, "warmup must be a number at least 0 and below 1, not 1.0"),
         ({"warmup": -0.1}, "warmup must be a number at least 0 and below 1"),
+        ({"layers": "0"}, "layers must be a list of patterns, or nothing for all, not '0'"),
+        ({"layers": []}, r"layers must be a list of patterns, or nothing for all, not \[\]"),
+        ({"layers": ["0", 1]}, "layers must be a list of patterns"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:

@@ -85,6 +85,7 @@ def test_every_rung_is_tried_in_order(climbed: tuple[qdq.Recovery, Path]) -> Non
         "calibration auto, SmoothQuant, bias correction",
         "equalization",
         "per-channel weights",
+        "AdaRound of the worst layer",
         "AdaRound",
         "activations of the worst layer in float",
         "worst layer in float",
@@ -100,7 +101,7 @@ def test_every_rung_is_tried_in_order(climbed: tuple[qdq.Recovery, Path]) -> Non
     assert {(rung.size, rung.latency_ratio) for rung in found.rungs} == {(None, None)} and found.float_size is None
     # What does not raise the metric is not built upon.
     best = found.rungs[0]
-    for rung in found.rungs[1:5]:
+    for rung in found.rungs[1:6]:
         assert set(best.recipe.algorithms) <= {*rung.recipe.algorithms, "gptq"}
         best = max(best, rung, key=lambda r: r.metric or 0.0)
 
@@ -329,7 +330,7 @@ def test_low_bits_take_their_own_rungs() -> None:
     recipe = qdq.Recipe(weights=qdq.QuantDescriptor(3, axis=0, narrow_range=True))
     found = recover(Closeness(), target=0.999, budget="1h", recipe=recipe)
     names = [rung.name for rung in found.rungs]
-    assert "weight ranges of least squared error" in names and "8-bit weights of the worst layer" in names
+    assert "AdaRound of the worst layer" in names and "8-bit weights of the worst layer" in names
     assert names[:2] == ["as given", "equalization"]  # the default has all of the second rung
     rung = found.rungs[names.index("8-bit weights of the worst layer")]
     assert [o.weights.num_bits for o in rung.recipe.overrides.values() if o.weights] == [8]

@@ -56,6 +56,8 @@ def test_from_ranges_alone_every_algorithm_finds_its_place() -> None:
     ("recipe", "second"),
     [
         (Recipe(calibration="mse"), "calibration auto"),
+        (Recipe(weight_calibration="max"), "equalization"),
+        (Recipe(weights=QuantDescriptor(4, axis=0), weight_calibration="max"), "weight calibration auto"),
         (Recipe(algorithms=["bias_correction"]), "SmoothQuant"),
         (Recipe(algorithms=["smoothquant", "gptq"]), "bias correction"),
         (Recipe(algorithms=[]), "SmoothQuant, bias correction"),
@@ -81,6 +83,13 @@ def test_algorithms_of_the_user_keep_their_order_and_options() -> None:
     assert list(tried["AdaRound"].algorithms) == ["awq", "adaround", "bias_correction"]
 
 
+def test_adaround_of_the_user_is_spread_over_all_layers_alone() -> None:
+    tried = rungs(Recipe(algorithms={"adaround": {"steps": 50, "layers": ["a"]}}), ["a", "b", "c"])
+    assert not any("AdaRound of" in name for name in tried)
+    assert tried["AdaRound"].algorithms["adaround"] == {"steps": 50}  # type: ignore[call-overload]
+    assert "AdaRound" not in rungs(Recipe(algorithms={"adaround": {"steps": 50}}), ["a", "b", "c"])
+
+
 def test_each_algorithm_is_added_at_its_place_among_all_others() -> None:
     order = [
         *("equalization", "smoothquant", "awq"),
@@ -103,7 +112,7 @@ def test_weights_of_few_bits_and_the_worst_layers_take_rungs_of_their_own() -> N
     assert list(rungs(few, ["a", "b", "c"], kept=False)) == [
         "as given",
         "equalization",
-        "weight ranges of least squared error",
+        "AdaRound of the worst layer",
         "AdaRound",
         "8-bit weights of the worst layer",
         "8-bit weights of the 2 worst layers",
@@ -114,5 +123,9 @@ def test_weights_of_few_bits_and_the_worst_layers_take_rungs_of_their_own() -> N
         "2 worst layers in float",
         "fine-tuning",
     ]
+    # A quarter of the layers first.
+    many = rungs(Recipe(), list("abcdefghi"))
+    assert many["AdaRound of the 3 worst layers"].algorithms["adaround"] == {"layers": ["a", "b", "c"]}  # type: ignore[call-overload]
+    assert many["AdaRound"].algorithms["adaround"] == {}  # type: ignore[call-overload]
     # Once weights have 8 bits there is nothing of theirs to be raised.
     assert "8-bit weights" not in rungs(Recipe(), ["a", "b", "c"])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from .algorithm import Algorithm
+from ..errors import RecipeError
+from ..recipe import matches
+from .algorithm import Algorithm, Samples
+from .layer import layers_of
 from .local_search import local_search
-from .option_checks import check_integer, check_real
+from .option_checks import check_integer, check_patterns, check_real
 from .output_error import OutputError
 from .rectified_sigmoid import HIGH, LOW, exponent_at, variable_of
 from .rounding import keep_better, limit_rows, step_rows
@@ -41,6 +45,7 @@ class AdaRound(Algorithm):
         warmup: share of the steps without the regulariser, from 0 to less than 1.
         positions: so many positions of a layer's output are looked at, drawn where there are more.
         seed: of the draw.
+        layers: patterns of modules or parameters, as in recipes: whose weights alone are chosen so; None for all.
     """
 
     name: ClassVar[str] = "adaround"
@@ -52,6 +57,7 @@ class AdaRound(Algorithm):
     warmup: float = 0.2
     positions: int = 16384
     seed: int = 0
+    layers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, least=1)
@@ -60,9 +66,24 @@ class AdaRound(Algorithm):
         check_real("learning_rate", self.learning_rate, above=0.0)
         check_real("regularisation", self.regularisation, above=0.0)
         check_real("warmup", self.warmup, least=0.0, below=1.0)
+        check_patterns("layers", self.layers)
+
+    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
+        """Changes nothing.
+
+        Raises:
+            RecipeError: a pattern of `layers` names no layer.
+        """
+        names = [layer.name for layer in layers_of(graph_module).values()]
+        for pattern in self.layers or ():
+            if not any(matches(pattern, name) for name in names):
+                raise RecipeError(f"algorithms['adaround']: the pattern {pattern!r} of layers names no quantized layer")
+        return set()
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Sets the layer's weight to the chosen codes times the step sizes, which stay."""
+        if self.layers is not None and not any(matches(pattern, visit.layer.name) for pattern in self.layers):
+            return
         error = OutputError(visit, self.positions, self.seed)
         if error.constant.numel() and error.count:
             least, most = limit_rows(visit, error)

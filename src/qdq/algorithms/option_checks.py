@@ -34,3 +34,15 @@ def check_real(
         good = good and (below is None or value < below)
     if not good:
         raise ValueError(f"{name} must be a number {' and '.join(rules)}, not {value!r}")
+
+
+def check_patterns(name: str, value: object) -> None:
+    """Refuses what is neither None nor a list of patterns.
+
+    Raises:
+        ValueError: it names the option.
+    """
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(p, str) and p for p in value):
+        raise ValueError(f"{name} must be a list of patterns, or nothing for all, not {value!r}")

@@ -79,6 +79,17 @@ class LayerVisit:
             self._outputs = [self.layer.run(x, weight, self._bias_of_outputs) for x in self.inputs]
         return self._outputs
 
+    @property
+    def input_step(self) -> Tensor | None:
+        """The step size of the layer's input where its bias is stored as integers, whose step size it is part of."""
+        graph_module = self.walk.graph_module
+        for node in graph_module.graph.nodes if self.layer.bias is not None else ():
+            if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), BiasQuantizer):
+                bias, input_step, _ = node.args
+                if bias.target == self.layer.bias:
+                    return self.walk.parameter(str(input_step.target))
+        return None
+
     def final_outputs(self, bias: Tensor | None) -> Values | None:
         """What the layer gives with its last weight and this bias, if that is known; it takes the outputs' memory."""
         if self._outputs is None:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..constant_quantizers import BiasQuantizer
 from .algorithm import Algorithm
 from .option_checks import check_integer, check_real
 from .output_error import OutputError
@@ -52,7 +51,7 @@ class WeightClipping(Algorithm):
         if not error.constant.numel() or not error.count:
             return
         visit.forget_outputs()
-        quantizer, input_step = visit.layer.quantizer, _input_step(visit)
+        quantizer, input_step = visit.layer.quantizer, visit.input_step
         step = quantizer.step_size
         present = step.clone()
         quantizer.fit(visit.weight, "max")
@@ -80,14 +79,3 @@ class WeightClipping(Algorithm):
             return errors.sum()
         # The groups of a transposed convolution share the step sizes of their output channels.
         return errors.sum(0) if error.matrix.transposed else errors.flatten()
-
-
-def _input_step(visit: LayerVisit) -> Tensor | None:
-    """The step size of the layer's input where the bias is stored as integers, whose step size it is part of."""
-    graph_module = visit.walk.graph_module
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), BiasQuantizer):
-            bias, input_step, _ = node.args
-            if visit.layer.bias is not None and bias.target == visit.layer.bias:
-                return visit.walk.parameter(str(input_step.target))
-    return None

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import numbers
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import api
+from ..algorithms.layer import layers_of
 from ..algorithms.registry import algorithms_of
 from ..batches import Batches, signature_of
 from ..calib.statistics import Statistics, count_samples
@@ -32,6 +31,7 @@ from ..graph.targets import Target, find_target
 from ..quantizer_sensitivity import sensitivity
 from ..recipe import Recipe
 from ..stand_in import StandIn
+from .arguments import check_json, check_path, check_target, seconds_of
 from .files import DeployedFiles
 from .journal import (
     Journal,
@@ -50,7 +50,6 @@ Evaluate = Callable[[nn.Module], float]
 # `api.quantize` of the model, with all its arguments but data and recipe.
 _Quantize = Callable[..., fx.GraphModule]
 
-_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # Samples that layers are compared on.
 _SAMPLES = 32
 
@@ -105,8 +104,8 @@ def recover(
             whatever the error. What `evaluate` raises by itself passes, at any rung.
     """
     start = time.monotonic()
-    seconds = _seconds(budget)
-    share = _check_target(target)
+    seconds = seconds_of(budget)
+    share = check_target(target)
     if not isinstance(model, nn.Module):
         raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if KEY in getattr(model, "meta", {}):
@@ -118,7 +117,7 @@ def recover(
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
     recipe.check_deployable()
     algorithms_of(recipe.algorithms)
-    path = None if journal is None else _check_path(journal)
+    path = None if journal is None else check_path(journal)
     where = find_target(deploy_target)
 
     given = None
@@ -151,7 +150,7 @@ def recover(
         begin = _without_tuning(quantize, statistics, recipe)
         known = Journal(**asked, start=begin, baseline=_baseline(evaluate, model))
         if path is not None:
-            _check_json(recipe)
+            check_json(recipe)
             known.statistics = store_statistics(path, statistics)
             write_journal(path, known)
     with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
@@ -299,12 +298,16 @@ class _Work:
         count = 1
         while count < len(samples) and count_samples(samples[:count]) < _SAMPLES:
             count += 1
+        rounding = change == "rounding"
         try:
-            part = Statistics({}, samples[:count])
-            found = sensitivity(self._model(), part, kinds=["layer"], progress=self.progress)
+            model, part = self._model(), Statistics({}, samples[:count])
+            found = sensitivity(model, part, kinds=["weight" if rounding else "layer"], progress=self.progress)
         except Exception as error:
             logger.warning("which layers are the worst is not known, so none is changed alone: %s", error)
             return []
+        if rounding:
+            layers = {layer.name for layer in layers_of(model).values()}  # an embedding has a weight too
+            return [list(e.patterns) for e in found if layers.issuperset(e.patterns)]
         return [list(e.patterns) for e in found if change == "float" or e.bits < FULL_BITS]
 
 
@@ -356,43 +359,6 @@ def _baseline(evaluate: Evaluate, model: nn.Module) -> float:
             "a metric that is, such as 1 / loss"
         )
     return value
-
-
-def _seconds(budget: Any) -> float:
-    if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h)\s*", budget)
-        if found:
-            return float(found[1]) * _UNITS[found[2]]
-    elif isinstance(budget, numbers.Real) and not isinstance(budget, bool) and float(budget) >= 0:
-        return float(budget)
-    raise RecipeError(f'budget must be seconds or text such as "90s", "10min" or "1h", not {budget!r}')
-
-
-def _check_target(target: Any) -> float:
-    if isinstance(target, bool) or not isinstance(target, numbers.Real) or not 0 < float(target) <= 1:
-        raise QdqError(
-            f"target must be a share of the float model's metric, above 0 and at most 1, not {target!r}; the runtime "
-            "is deploy_target"
-        )
-    return float(target)
-
-
-def _check_path(journal: Any) -> Path:
-    if not isinstance(journal, (str, os.PathLike)):
-        raise QdqError(f"journal must be a path, not {type(journal).__name__}")
-    path = Path(journal)
-    if path.is_dir():
-        raise DataError(f"the journal {str(path)!r} is a folder: give the path of a file")
-    if not path.parent.is_dir():
-        raise DataError(f"the folder of the journal {str(path)!r} does not exist")
-    return path
-
-
-def _check_json(recipe: Recipe) -> None:
-    try:
-        json.dumps(recipe.to_dict())
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"recipe holds a value that a journal cannot: {error}") from error
 
 
 def _told(rung: Rung, goal: float) -> str:

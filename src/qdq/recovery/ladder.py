@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def climb(start: Recipe, best: Callable[[], Recipe], worst: Callable[[str], Orde
     Args:
         start: the user's recipe, the first rung.
         best: the best recipe so far.
-        worst: takes "8 bits" or "float" and gives patterns of the layers that could be changed so, the worst first.
+        worst: takes "rounding", "8 bits" or "float" and gives patterns of the layers that could be changed so, the
+            worst first.
     """
     tried = [start]
     yield "as given", start
@@ -60,9 +62,11 @@ def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order]) -> Iterato
     yield _like_the_default(best())
     yield "equalization", _add(best(), "equalization")
     yield "per-channel weights", _weights(best(), _per_channel)
-    if _has_few_bits(best()):
-        yield "weight ranges of least squared error", dataclasses.replace(best(), weight_calibration="mse")
-    yield "AdaRound", _add(best(), "adaround")
+    order = () if "adaround" in best().algorithms else worst("rounding")
+    if len(order) > 1:
+        some = _first(order, math.ceil(len(order) / 4))
+        yield f"AdaRound of the {_layers(len(some))}", _add(best(), "adaround", {"layers": some})
+    yield "AdaRound", _everywhere(_add(best(), "adaround"), "adaround")
     if _has_few_bits(best()):
         base, order = best(), worst("8 bits")
         for count in _doubling(len(order)):
@@ -82,6 +86,9 @@ def _like_the_default(recipe: Recipe) -> tuple[str, Recipe]:
     if recipe.calibration != default.calibration:
         recipe = dataclasses.replace(recipe, calibration=default.calibration)
         changes.append(f"calibration {default.calibration}")
+    if recipe.weight_calibration != default.weight_calibration and _has_few_bits(recipe):
+        recipe = dataclasses.replace(recipe, weight_calibration=default.weight_calibration)
+        changes.append(f"weight calibration {default.weight_calibration}")
     for name in default.algorithms:
         if name not in recipe.algorithms:
             recipe = _add(recipe, name)
@@ -105,7 +112,7 @@ def _first(order: Order, count: int) -> list[str]:
     return list(dict.fromkeys(pattern for patterns in order[:count] for pattern in patterns))
 
 
-def _add(recipe: Recipe, name: str) -> Recipe:
+def _add(recipe: Recipe, name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe with one more algorithm at its place; the recipe itself where it has it."""
     known = recipe.algorithms
     assert isinstance(known, Mapping)
@@ -116,7 +123,14 @@ def _add(recipe: Recipe, name: str) -> Recipe:
     later = [index for index, other in enumerate(known) if other in _ORDER[_ORDER.index(name) :]]
     position = later[0] if later else len(known)
     items: list[tuple[str, Mapping[str, Any]]] = list(known.items())
-    return dataclasses.replace(recipe, algorithms=dict([*items[:position], (name, {}), *items[position:]]))
+    return dataclasses.replace(recipe, algorithms=dict([*items[:position], (name, options or {}), *items[position:]]))
+
+
+def _everywhere(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with an algorithm applied to all layers."""
+    algorithms = {other: dict(options) for other, options in recipe.algorithms.items()}  # type: ignore[union-attr]
+    algorithms[name].pop("layers", None)
+    return dataclasses.replace(recipe, algorithms=algorithms)
 
 
 def _weights(recipe: Recipe, change: Callable[[QuantDescriptor], QuantDescriptor]) -> Recipe:

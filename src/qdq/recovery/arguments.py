@@ -1,0 +1,72 @@
+"""The arguments of `qdq.recover`: what they may be, and what they mean."""
+
+from __future__ import annotations
+
+import json
+import numbers
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, QdqError, RecipeError
+from ..recipe import Recipe
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds_of(budget: Any) -> float:
+    """The budget in seconds.
+
+    Raises:
+        RecipeError: it is no time.
+    """
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h)\s*", budget)
+        if found:
+            return float(found[1]) * _UNITS[found[2]]
+    elif isinstance(budget, numbers.Real) and not isinstance(budget, bool) and float(budget) >= 0:
+        return float(budget)
+    raise RecipeError(f'budget must be seconds or text such as "90s", "10min" or "1h", not {budget!r}')
+
+
+def check_target(target: Any) -> float:
+    """The share of the float model's metric.
+
+    Raises:
+        QdqError: it is none.
+    """
+    if isinstance(target, bool) or not isinstance(target, numbers.Real) or not 0 < float(target) <= 1:
+        raise QdqError(
+            f"target must be a share of the float model's metric, above 0 and at most 1, not {target!r}; the runtime "
+            "is deploy_target"
+        )
+    return float(target)
+
+
+def check_path(journal: Any) -> Path:
+    """Where the journal is, or is to be.
+
+    Raises:
+        QdqError, DataError: no file can be there.
+    """
+    if not isinstance(journal, (str, os.PathLike)):
+        raise QdqError(f"journal must be a path, not {type(journal).__name__}")
+    path = Path(journal)
+    if path.is_dir():
+        raise DataError(f"the journal {str(path)!r} is a folder: give the path of a file")
+    if not path.parent.is_dir():
+        raise DataError(f"the folder of the journal {str(path)!r} does not exist")
+    return path
+
+
+def check_json(recipe: Recipe) -> None:
+    """Refuses a recipe that a journal cannot hold.
+
+    Raises:
+        RecipeError: it holds a value that is no plain data.
+    """
+    try:
+        json.dumps(recipe.to_dict())
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe holds a value that a journal cannot: {error}") from error
