@@ -238,7 +238,7 @@ def _builders(case: Case, fp32: Path, folder: Path, options: argparse.Namespace)
 
 
 def _in_float32(contender: Contender, path: Path) -> Contender:
-    """Scored with float operations in float32, and timed as OpenVINO runs by default: in bfloat16 on some processors."""
+    """Scored with float operations in float32; timed as OpenVINO runs by default, in bfloat16 on some processors."""
     exact = contenders.openvino_contender(contender.name, path, contender.build_seconds, INFERENCE_PRECISION_HINT="f32")
     exact.extra["timed"] = contender.run
     return exact

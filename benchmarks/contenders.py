@@ -148,7 +148,7 @@ def nncf_contender(case: Case, fp32: Path, folder: Path) -> Contender:
 
 
 def openvino_contender(name: str, path: Path, build_seconds: float = 0.0, **options: str) -> Contender:
-    """A model file (OpenVINO or ONNX) compiled for the CPU with one stream of `THREADS` threads, and other properties."""
+    """A model file (OpenVINO or ONNX) compiled for the CPU, one stream of `THREADS` threads; `options`: properties."""
     import openvino as ov
 
     config = {"INFERENCE_NUM_THREADS": str(THREADS), "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", **options}

@@ -17,7 +17,7 @@ from .calib.statistics import Inputs, SampleKeeper, Statistics
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
 from .errors import CalibrationError, DataError
 from .graph.contract import failing_on
-from .graph.insert import original_name
+from .graph.names import original_name
 from .graph.parameters import tensor_at
 from .graph.record import record_of
 from .integer_operations import IntegerOperation

@@ -26,13 +26,13 @@ from qdq.analysis.operation_times import NodeTime, operation_times
 from qdq.errors import ExportError, RecipeError, RuntimeMissingError
 from qdq.export.marked_file import MarkedFile
 from qdq.graph.capture import capture
-from qdq.graph.cheapest_placement import Cost, Crossing, cheapest_placement
 from qdq.graph.fold import fold
-from qdq.graph.minimum_cut import minimum_cut
 from qdq.graph.place import place
 from qdq.graph.targets import ONNXRUNTIME
 from qdq.recipe import Recipe
+from qdq.tuning.cheapest_placement import Cost, Crossing, cheapest_placement
 from qdq.tuning.latency import _save, fastest
+from qdq.tuning.minimum_cut import minimum_cut
 from qdq.tuning.placement_costs import PlacementCosts, patterns_for
 
 

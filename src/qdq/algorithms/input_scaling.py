@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..affine_quantizer import AffineQuantizer
-from ..graph.insert import ORIGINAL_NAME
+from ..graph.names import ORIGINAL_NAME, free_name
 from ..integer_operations import IntegerOperation
 from .layer import Layer, layers_of
 
@@ -68,9 +68,7 @@ def multiply(graph_module: fx.GraphModule, given: ScalableInput, factors: Tensor
     call = given.quantizer_call
     source = call.args[0]
     assert isinstance(source, fx.Node)
-    path = f"{call.target}_factors".replace(".", "_")
-    while hasattr(graph_module, path):
-        path += "_"
+    path = free_name(f"{call.target}_factors".replace(".", "_"), lambda name: hasattr(graph_module, name))
     graph_module.register_buffer(path, factors.detach().clone())
     with graph_module.graph.inserting_before(call):
         constant = graph_module.graph.get_attr(path)

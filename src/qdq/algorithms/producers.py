@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..affine_quantizer import AffineQuantizer
-from ..graph.insert import original_name
+from ..graph.names import original_name
 from ..graph.ops import clip_bounds
 from ..graph.parameters import tensor_at
 from ..graph.record import record_of

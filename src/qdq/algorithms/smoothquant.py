@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..graph.insert import original_name
+from ..graph.names import original_name
 from .algorithm import Algorithm, Samples
 from .channel_scaling import ChannelScaling
 from .float_values import observe_float_values

@@ -13,7 +13,7 @@ from ..affine_quantizer import AffineQuantizer
 from ..algorithms.layer import layers_of
 from ..calibration import histogram_of
 from ..constant_quantizers import WeightQuantizer
-from ..graph.insert import original_name
+from ..graph.names import original_name
 from ..graph.ops import Kind, kind_of, module_path
 from ..graph.record import Record
 from ..integer_operations import IntegerOperation

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
 from ..errors import CalibrationError
+from ..graph.names import free_name
 from ..graph.ops import WEIGHT_ONLY, Kind, bias_of, kind_of, rank_of
 from ..graph.parameters import tensor_at
 from ..graph.plan import USUAL_BITS
@@ -293,9 +294,7 @@ def _replace_by_call(lowered: fx.GraphModule, node: fx.Node, path: str, args: tu
 def add_module(lowered: fx.GraphModule, module: nn.Module) -> str:
     """Registers a module under a free name made from its own, which is returned."""
     base = getattr(module, "name", type(module).__name__.lower()).removesuffix("_quantizer").replace(".", "_")
-    free, count = base, 1
-    while hasattr(lowered, free):
-        free, count = f"{base}_{count}", count + 1
+    free = free_name(base, lambda name: hasattr(lowered, name))
     lowered.add_submodule(free, module)
     return free
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import need
-from ..graph.insert import ORIGINAL_NAME
+from ..graph.names import ORIGINAL_NAME
 from ..graph.ops import is_constant, is_float
 from ..graph.record import record_of
 from ..integer_operations import BlockRounding, IntegerOperation

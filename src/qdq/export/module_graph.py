@@ -12,6 +12,7 @@ from ..affine_quantizer import AffineQuantizer
 from ..errors import CalibrationError, ExportError
 from ..formats import E4M3, IntFormat
 from ..graph.fold import evaluate
+from ..graph.names import free_name, has_path
 from ..graph.ops import Kind, is_constant, is_float, module_path, operation_name, rank_of, value_of
 from ..graph.targets import Target
 from ..kernels.operations import FAKE_TENSOR_QUANT, SCALED_E4M3
@@ -258,7 +259,7 @@ class _Conversion:
             )
 
     def _name(self, path: str) -> str:
-        free = free_name(path, lambda name: name in self.names or has_path(self.graph_module, name))
+        free = name_for(path, lambda name: name in self.names or has_path(self.graph_module, name))
         self.names.add(free)
         return free
 
@@ -276,21 +277,7 @@ def _check_axes(path: str, amax: Tensor) -> None:
         )
 
 
-def free_name(path: str, is_taken: Callable[[str], bool]) -> str:
+def name_for(path: str, is_taken: Callable[[str], bool]) -> str:
     """A free name for a quantizer, without the underscores of Python attributes, as `qdq.quantize` gives them."""
     owner, _, leaf = path.rpartition(".")
-    base = ".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p)
-    free, count = base, 1
-    while is_taken(free):
-        free, count = f"{base}_{count}", count + 1
-    return free
-
-
-def has_path(module: nn.Module, path: str) -> bool:
-    """Whether a module has an attribute at a dotted path."""
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return False
-    return True
+    return free_name(".".join(p for p in (owner, leaf.strip("_") or "quantizer") if p), is_taken)

@@ -20,6 +20,7 @@ from ..integer_operations import (
 )
 from ..recipe import Recipe
 from .explanation import Explanation, explain_plan
+from .names import ORIGINAL_NAME, free_name, has_path
 from .ops import (
     WEIGHT_ONLY,
     Kind,
@@ -63,15 +64,6 @@ EXACT_FORMS: dict[Kind, type[IntegerOperation]] = {
     Kind.MUL: IntegerMul,
     Kind.GLOBAL_AVERAGE: IntegerGlobalAverage,
 }
-
-# In the meta of a module that replaced an operation: the name of that node, by which recipes may speak of it.
-ORIGINAL_NAME = "qdq_original_name"
-
-
-def original_name(node: fx.Node) -> str:
-    """The name of a tensor in the captured graph, before operations were replaced by modules that simulate them."""
-    return str(node.meta.get(ORIGINAL_NAME, node.name))
-
 
 # A parameter, its output-channel axis, and its block size or None.
 _WeightKey = tuple[str, int, "int | None"]
@@ -314,15 +306,4 @@ class _Insertion:
         return ".".join(p for p in (path, f"{operation_name(tensor)}_quantizer") if p)
 
     def _free(self, name: str) -> str:
-        free, count = name, 1
-        while self._taken(free):
-            free, count = f"{name}_{count}", count + 1
-        return free
-
-    def _taken(self, name: str) -> bool:
-        module: Any = self.graph_module
-        for part in name.split("."):
-            module = getattr(module, part, None)
-            if module is None:
-                return False
-        return True
+        return free_name(name, lambda free: has_path(self.graph_module, free))

@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor, fx, nn
 
+from .names import free_name
 from .ops import value_of
 
 
@@ -18,9 +19,7 @@ def add_parameter(graph_module: fx.GraphModule, name: str, value: Tensor) -> str
         if not isinstance(getattr(module, part, None), nn.Module):
             module.add_module(part, nn.Module())
         module = getattr(module, part)
-    free, count = leaf, 1
-    while hasattr(module, free):
-        free, count = f"{leaf}_{count}", count + 1
+    free = free_name(leaf, lambda name: hasattr(module, name))
     module.register_parameter(free, nn.Parameter(value.detach().clone(), requires_grad=False))
     return f"{owner}.{free}" if owner else free
 

@@ -15,11 +15,12 @@ from ..batches import Inputs, signature_of
 from ..calibration import activation_quantizers
 from ..constant_quantizers import WeightQuantizer
 from ..errors import CalibrationError
-from ..export.module_graph import check_stages, free_name, has_path, keep_quantizers, path_of
+from ..export.module_graph import check_stages, keep_quantizers, name_for, path_of
 from ..formats import E4M3, IntFormat
 from ..graph.capture import capture
 from ..graph.contract import InputContract
 from ..graph.fold import evaluate, fold
+from ..graph.names import has_path
 from ..graph.ops import WEIGHTED, Kind, is_constant, kind_of, rank_of, value_of
 from ..graph.parameters import add_parameter, get_attribute, tensor_at
 from ..graph.record import KEY, Record
@@ -262,7 +263,7 @@ class ModuleView:
         return self._add(affine, path)
 
     def _free(self, path: str) -> str:
-        return free_name(path, lambda name: has_path(self.graph_module, name))
+        return name_for(path, lambda name: has_path(self.graph_module, name))
 
     def _add(self, quantizer: AffineQuantizer | WeightQuantizer, path: str) -> str:
         self.graph_module.add_submodule(quantizer.name, quantizer)

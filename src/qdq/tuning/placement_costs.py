@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from ..analysis.conversion_times import ConversionTimes
 from ..analysis.operation_times import NodeTime
 from ..export.marked_file import MarkedFile
-from ..graph.cheapest_placement import Cost, Crossing, cheapest_placement
 from ..graph.ops import (
     Kind,
     data_inputs,
@@ -25,6 +24,7 @@ from ..graph.ops import (
 )
 from ..graph.plan import Plan, names_of, tail
 from ..recipe import matches
+from .cheapest_placement import Cost, Crossing, cheapest_placement
 
 
 @dataclasses.dataclass(frozen=True)
