@@ -10,7 +10,8 @@ standard errors. Scores and SQNR are taken where the contender runs: qdq and qua
 OpenVINO, ModelOpt, torchao and Brevitas in PyTorch, in their own simulations, which have no latency to compare.
 Latency is that of the first subset's files, interleaved, 2 threads. The exit code is 1 where a contender failed or a
 bar was missed. Where a rival's score is above that of the float model, which is chance, the float model's counts as the
-best. `setup_env.sh FOLDER accuracy` makes the environment.
+best. NNCF is scored with float operations in float32 and timed as OpenVINO runs by default (in bfloat16 on some
+processors). `setup_env.sh FOLDER accuracy` makes the environment.
 """
 
 from __future__ import annotations
@@ -287,7 +288,7 @@ def _bars(name: str, rows: dict[str, Row]) -> list[str]:
     others = [r for k, r in rows.items() if k not in ("fp32", "qdq", "qdq recover") and not r.error and r.sqnr_db]
     measured = {"SQNR dB": (ours.sqnr_db, {r.name: r.sqnr_db for r in others})}
     for score, values in ours.scores.items():
-        measured[score] = (values, {r.name: r.scores[score] for r in others})
+        measured[score] = (values, {r.name: r.scores[score] for r in others if score in r.scores})
     for what, (mine, theirs) in measured.items():
         if theirs:
             best = max(theirs, key=lambda key: statistics.fmean(theirs[key]))

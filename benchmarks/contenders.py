@@ -122,8 +122,6 @@ def quantize_static(
             "percentile": CalibrationMethod.Percentile,
         }[method],
         op_types_to_quantize=list(operations) if operations else None,
-        # Looked at so many batches at once: the outputs of all do not fit in memory.
-        extra_options={"CalibMaxIntermediateOutputs": 4} if case.kind == "transformer" else None,
     )
     return path
 

@@ -31,10 +31,11 @@ RESULTS = Path(__file__).parent / "results" / "four_bits.json"
 # Algorithms by the name of a row; "adaround" alone has a bar on the networks of convolutions.
 _PER_CHANNEL: dict[str, Any] = {
     "plain rounding": (),
+    "chosen ranges": (),
     "bias correction": ("bias_correction",),
     "adaround": ("adaround", "bias_correction"),
 }
-_BLOCKS: dict[str, Any] = {"plain rounding": (), "awq": ("awq",), "gptq": ("gptq",)}
+_BLOCKS: dict[str, Any] = {"plain rounding": (), "chosen ranges": (), "awq": ("awq",), "gptq": ("gptq",)}
 _LOSS = {"s1": 0.01, "s2": 0.03, "minilm": 0.01}
 
 
@@ -73,7 +74,8 @@ def _rows(case: Case) -> dict[str, dict[str, Any]]:
         rows = {"fp32": _row(case, fp32)}
         for key, algorithms in (_BLOCKS if blocks else _PER_CHANNEL).items():
             measure.progress(f"{case.name}: {key}")
-            recipe = qdq.Recipe(weights=weights, algorithms=algorithms, **activations)
+            ranges = "max" if key == "plain rounding" else "auto"
+            recipe = qdq.Recipe(weights=weights, algorithms=algorithms, weight_calibration=ranges, **activations)
             start = time.perf_counter()
             model = qdq.quantize(
                 case.model, case.calibration, recipe=recipe, progress=False, dynamic_shapes=contenders.shapes(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,11 +101,20 @@ class AffineQuantizer(nn.Module):
             return x
         return fake_quantize_affine(x, self.step_size, self.zero_point, self.lo, self.hi)
 
-    def find_range(self, histogram: HistogramCollector) -> None:
-        """Sets the range from a histogram, by the quantizer's method. Without data it stays as it is."""
-        if histogram.total:
-            automatic = "max" if self.keeps_all else self.usual_method
-            self.set_range(*self.proposed_range(histogram, automatic if self.method == "auto" else self.method))
+    def find_range(self, histogram: HistogramCollector, through: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Sets the range from a histogram, by the quantizer's method. Without data it stays as it is.
+
+        Args:
+            histogram: of what is quantized.
+            through: an elementwise function that alone reads the quantized tensor. "auto" then is "mse" of its results.
+        """
+        if not histogram.total:
+            return
+        if self.method == "auto" and through is not None and not self.keeps_all:
+            self.set_range(*self.proposed_range(histogram, "mse", through=through))
+            return
+        automatic = "max" if self.keeps_all else self.usual_method
+        self.set_range(*self.proposed_range(histogram, automatic if self.method == "auto" else self.method))
 
     @property
     def keeps_all(self) -> bool:
@@ -116,11 +126,17 @@ class AffineQuantizer(nn.Module):
         return self.num_bits > 8
 
     def proposed_range(
-        self, histogram: HistogramCollector, method: str, percentile: float | None = None
+        self,
+        histogram: HistogramCollector,
+        method: str,
+        percentile: float | None = None,
+        through: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[float, float]:
         """The range that a method finds in a histogram; `percentile` None is the quantizer's own."""
         share = self.percentile if percentile is None else percentile
-        return affine_range(histogram, method, self.num_bits, percentile=share, symmetric=self.symmetric)
+        return affine_range(
+            histogram, method, self.num_bits, percentile=share, symmetric=self.symmetric, through=through
+        )
 
     def set_range(self, amin: float, amax: float) -> None:
         """Sets step size and zero point for values from amin to amax; the range is extended to hold zero.

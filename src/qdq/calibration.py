@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .affine_quantizer import AffineQuantizer
 from .batches import Batches
@@ -17,6 +17,7 @@ from .calib.statistics import Inputs, SampleKeeper, Statistics
 from .constant_quantizers import BiasQuantizer, WeightQuantizer
 from .errors import CalibrationError, DataError
 from .graph.contract import failing_on
+from .graph.elementwise import function_behind
 from .graph.names import original_name
 from .graph.parameters import tensor_at
 from .graph.record import record_of
@@ -94,10 +95,11 @@ def find_ranges(graph_module: fx.GraphModule, statistics: Statistics, progress: 
     if unknown and statistics.samples:
         logger.info("%d tensors are not in the statistics, and are collected from the inputs kept", len(unknown))
         statistics = collect_again(graph_module, statistics, unknown, progress)
+    functions = functions_behind(graph_module)
     for quantizer in track(quantizers, "finding ranges", len(quantizers), progress):
         histogram = histogram_of(graph_module, quantizer, statistics)
         if not quantizer.fixed:
-            quantizer.find_range(histogram)
+            quantizer.find_range(histogram, through=functions.get(quantizer.name))
     missing = [q.name for q in quantizers if not q.calibrated]
     if missing:
         raise CalibrationError(
@@ -106,6 +108,17 @@ def find_ranges(graph_module: fx.GraphModule, statistics: Statistics, progress: 
         )
     fit_biases(graph_module)
     return statistics
+
+
+def functions_behind(graph_module: fx.GraphModule) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Path of an activation quantizer of one tensor -> the elementwise function of it that is read in its place."""
+    calls: dict[str, list[fx.Node]] = {}
+    modules = dict(graph_module.named_modules())
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], AffineQuantizer):
+            calls.setdefault(str(node.target), []).append(node)
+    found = {name: function_behind(graph_module, nodes[0]) for name, nodes in calls.items() if len(nodes) == 1}
+    return {name: function for name, function in found.items() if function is not None}
 
 
 def quantized_tensors(graph_module: fx.GraphModule) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from .calibration import (
     constants_in_float,
     find_ranges,
     fit_biases,
+    functions_behind,
     histogram_of,
     quantized_tensors,
 )
@@ -75,6 +76,9 @@ def improve(
     kept = {tensor: histogram for tensor, histogram in statistics.histograms.items() if tensor not in changed}
     seen = find_ranges(graph_module, Statistics(kept, statistics.samples), progress)
     chosen = [q for q in activation_quantizers(graph_module) if q.method == "auto" and not q.fixed and not q.keeps_all]
+    # What is read through a function has the range of least error in that already.
+    settled = functions_behind(graph_module)
+    chosen = [q for q in chosen if q.name not in settled]
     visitors: list[Visitor] = [*algorithms]
     most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
     few_bits = any(layer.quantizer.num_bits <= CLIPPED_BITS for layer in layers_of(graph_module).values())

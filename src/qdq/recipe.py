@@ -58,8 +58,9 @@ class Recipe:
             16 bits "auto" is "max".
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: how the amax of a weight is found: "max", or "mse", that of least squared error, searched
-            per channel. "auto" is "max" for weights of 7 and 8 bits; for fewer it takes, channel by channel, the one of
-            the two with the least error in the layer's output ("mse" where no inputs are known).
+            per channel. "auto" is "max" for weights of 7 and 8 bits; for fewer it is "mse", and, channel by channel,
+            "max" where that leaves clearly less error in the layer's output (for weights that one layer alone reads,
+            and where inputs are known).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
             (the keys of `qdq.algorithms.registry.ALGORITHMS`). An empty list leaves it at the ranges.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys

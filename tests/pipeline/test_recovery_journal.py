@@ -54,7 +54,7 @@ def journal(made: Path, tmp_path: Path) -> Path:
 
 def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> None:
     data = json.loads(journal.read_text())
-    assert data["format"] == "qdq.recovery" and data["version"] == 1
+    assert data["format"] == "qdq.recovery" and data["version"] == 2
     assert qdq.Recipe.from_dict(data["rungs"][0]["recipe"]) == qdq.Recipe.from_dict(data["start"]) == RECIPE
     assert sorted(p.name for p in journal.parent.iterdir()) == ["j.json", "j.statistics.safetensors"]
     assert qdq.calib.load(journal.with_name("j.statistics.safetensors")).samples
@@ -102,7 +102,7 @@ def in_rung(**fields: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (changed(format="x"), "is no journal of qdq.recover"),
-        (changed(version=7), "has version 7, which is not known here; this qdq reads version 1"),
+        (changed(version=7), "has version 7, which is not known here; this qdq reads version 2"),
         (lambda data: data.pop("baseline"), "is damaged: it lacks 'baseline'"),
         (lambda data: data["rungs"][0].pop("metric"), "is damaged: it lacks 'metric'"),
         (changed(target="much"), "is damaged: 'target' is 'much'"),

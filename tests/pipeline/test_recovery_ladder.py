@@ -58,6 +58,7 @@ def test_from_ranges_alone_every_algorithm_finds_its_place() -> None:
         (Recipe(calibration="mse"), "calibration auto"),
         (Recipe(weight_calibration="max"), "equalization"),
         (Recipe(weights=QuantDescriptor(4, axis=0), weight_calibration="max"), "weight calibration auto"),
+        (Recipe(weights=QuantDescriptor(7, axis=0), weight_calibration="max"), "equalization"),
         (Recipe(algorithms=["bias_correction"]), "SmoothQuant"),
         (Recipe(algorithms=["smoothquant", "gptq"]), "bias correction"),
         (Recipe(algorithms=[]), "SmoothQuant, bias correction"),
@@ -88,6 +89,12 @@ def test_adaround_of_the_user_is_spread_over_all_layers_alone() -> None:
     assert not any("AdaRound of" in name for name in tried)
     assert tried["AdaRound"].algorithms["adaround"] == {"steps": 50}  # type: ignore[call-overload]
     assert "AdaRound" not in rungs(Recipe(algorithms={"adaround": {"steps": 50}}), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "block_reconstruction"])
+def test_where_all_codes_are_chosen_those_of_some_layers_are_not(rounding: str) -> None:
+    tried = rungs(Recipe(algorithms=[rounding]), ["a", "b", "c"], kept=False)
+    assert "AdaRound" in tried and not any("AdaRound of" in name for name in tried)
 
 
 def test_each_algorithm_is_added_at_its_place_among_all_others() -> None:

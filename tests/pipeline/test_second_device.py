@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qdq
 from fixtures.second_device import DEVICE, Elsewhere, second_device, to_cpu
 from qdq.algorithms.registry import ALGORITHMS
+from qdq.export.lowering import lower
 
 W4 = qdq.QuantDescriptor(4, axis=0, narrow_range=True)
 
@@ -167,3 +168,22 @@ def test_improves_modules(monkeypatch: pytest.MonkeyPatch, make: Any, algorithms
     found = state(model)
     for name, value in state(here).items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_file_knows_no_devices() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.arange(4, device=x.device)
+
+    qmodel = quantize(Positions().eval(), [torch.randn(8, 16)])
+    made = [node for node in qmodel.graph.nodes if node.kwargs.get("device") is not None]
+    assert made
+    for node in made:
+        node.update_kwarg("device", DEVICE)
+    lowered = lower(qmodel)
+    assert {node.kwargs["device"] for node in lowered.graph.nodes if "device" in node.kwargs} == {torch.device("cpu")}
+    assert {node.kwargs["device"] for node in made} == {DEVICE}

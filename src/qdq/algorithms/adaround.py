@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from ..errors import RecipeError
 from ..recipe import matches
 from .algorithm import Algorithm, Samples
-from .layer import layers_of
 from .local_search import local_search
 from .option_checks import check_integer, check_patterns, check_real
 from .output_error import OutputError
@@ -74,10 +73,11 @@ class AdaRound(Algorithm):
         Raises:
             RecipeError: a pattern of `layers` names no layer.
         """
-        names = [layer.name for layer in layers_of(graph_module).values()]
+        # Those of layers that stay in float, too: the same recipe may exclude what it named before.
+        names = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
         for pattern in self.layers or ():
             if not any(matches(pattern, name) for name in names):
-                raise RecipeError(f"algorithms['adaround']: the pattern {pattern!r} of layers names no quantized layer")
+                raise RecipeError(f"algorithms['adaround']: the pattern {pattern!r} of layers names no layer")
         return set()
 
     def visit_layer(self, visit: LayerVisit) -> None:

@@ -35,7 +35,7 @@ class Algorithm:
         """Changes the graph's float weights (and what is to be changed with them), leaving its function as it is.
 
         Returns:
-            The names (:func:`qdq.graph.insert.original_name`) of the tensors whose values changed: the ranges of those
+            The names (:func:`qdq.graph.names.original_name`) of the tensors whose values changed: the ranges of those
             that are quantized are then found anew.
         """
         return set()

@@ -82,13 +82,12 @@ class LayerVisit:
     @property
     def input_step(self) -> Tensor | None:
         """The step size of the layer's input where its bias is stored as integers, whose step size it is part of."""
-        graph_module = self.walk.graph_module
-        for node in graph_module.graph.nodes if self.layer.bias is not None else ():
-            if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), BiasQuantizer):
-                bias, input_step, _ = node.args
-                if bias.target == self.layer.bias:
-                    return self.walk.parameter(str(input_step.target))
-        return None
+        bias = self.node.args[2] if len(self.node.args) > 2 else None
+        if not isinstance(bias, fx.Node) or bias.op != "call_module":
+            return None
+        input_step = bias.args[1]
+        assert isinstance(input_step, fx.Node)
+        return self.walk.parameter(str(input_step.target))
 
     def final_outputs(self, bias: Tensor | None) -> Values | None:
         """What the layer gives with its last weight and this bias, if that is known; it takes the outputs' memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def affine_range(
     *,
     percentile: float = 99.99,
     symmetric: bool = False,
+    through: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """The range ``(amin, amax)`` that an activation is clipped to; it contains 0.
 
@@ -45,6 +47,8 @@ def affine_range(
         num_bits: width of the codes.
         percentile: share of the values kept, in per cent; of absolute values where ``symmetric``.
         symmetric: one amax for both ends: the result is ``(-amax, amax)``.
+        through: for "mse": an elementwise function that alone reads the values; the squared error is that of its
+            results. (A SiLU makes all values below -5 nearly 0: the range need not hold them.)
 
     Raises:
         ValueError: unknown method; no data; NaN or infinity among the data; ``percentile`` outside 0..100;
@@ -62,7 +66,10 @@ def affine_range(
     if method != "max" and high > low:
         if not isinstance(collector, HistogramCollector):
             raise ValueError(f"method {method!r} needs a HistogramCollector, got {type(collector).__name__}")
-        low, high = _CLIPPING[method](collector, low, high, num_bits, percentile, symmetric)
+        if method == "mse":
+            low, high = _mse(collector, low, high, num_bits, symmetric, through)
+        else:
+            low, high = _CLIPPING[method](collector, low, high, num_bits, percentile, symmetric)
     if symmetric:
         high = max(-low, high)
         low = -high
@@ -116,7 +123,12 @@ def _entropy(
 
 
 def _mse(
-    seen: HistogramCollector, low: float, high: float, num_bits: int, percentile: float, symmetric: bool
+    seen: HistogramCollector,
+    low: float,
+    high: float,
+    num_bits: int,
+    symmetric: bool,
+    through: Callable[[Tensor], Tensor] | None,
 ) -> tuple[float, float]:
     counts, edges = seen.counts.to(torch.float64), seen.edges
     centres = ((edges[1:] + edges[:-1]) / 2).clamp_(seen.min, seen.max)
@@ -127,7 +139,7 @@ def _mse(
 
     def best(lows: Tensor, highs: Tensor) -> tuple[float, float]:
         lows, highs = torch.broadcast_tensors(lows, highs)
-        index = int(torch.argmin(_affine_errors(x, weights, lows, highs, num_bits, symmetric)))
+        index = int(torch.argmin(_affine_errors(x, weights, lows, highs, num_bits, symmetric, through)))
         return float(lows[index]), float(highs[index])
 
     def as_tensor(value: float) -> Tensor:
@@ -154,7 +166,15 @@ def _mse(
     return found_low, found_high
 
 
-def _affine_errors(x: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, num_bits: int, symmetric: bool) -> Tensor:
+def _affine_errors(
+    x: Tensor,
+    weights: Tensor,
+    lows: Tensor,
+    highs: Tensor,
+    num_bits: int,
+    symmetric: bool,
+    through: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
     """The count-weighted squared error of fake-quantizing ``x`` with each range, codes as deployment has them."""
     if symmetric:
         bound = IntFormat(num_bits).bound
@@ -163,10 +183,12 @@ def _affine_errors(x: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, num_
         lo, hi = 0, 2**num_bits - 1
         step, zero = affine_parameters(lows, highs, lo, hi)
     fake = affine_fake_quantize(x.expand(lows.numel(), -1), step[:, None], zero[:, None], lo, hi)
+    if through is not None:
+        fake, x = through(fake), through(x)
     return fake.sub_(x).square_() @ weights
 
 
-_CLIPPING = {"percentile": _percentile, "mse": _mse, "entropy": _entropy}
+_CLIPPING = {"percentile": _percentile, "entropy": _entropy}
 
 
 def channel_mse_amax(

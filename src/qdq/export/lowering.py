@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
@@ -111,9 +112,9 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def _on_cpu(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The graph module with its values on the CPU, where files are made; a file knows no devices."""
+    cpu = torch.device("cpu")
     for node in graph_module.graph.nodes:
-        if node.kwargs.get("device") is not None:
-            node.update_kwarg("device", torch.device("cpu"))
+        node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: cpu, (node.args, node.kwargs))
     return graph_module.cpu()
 
 

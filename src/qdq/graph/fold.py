@@ -58,17 +58,19 @@ def _remove_aliases(graph_module: fx.GraphModule) -> None:
             node.target = aten.reshape.default  # without the copies, the strides that a view counts on are gone
         if node.target in _CHECKS:
             graph_module.graph.erase_node(node)
-        elif node.target in _ALIASES or (node.target in _CASTS and _same_dtype(node)):
+        elif node.target in _ALIASES or (node.target in _CASTS and _same_kind(node)):
             source = node.args[0]
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
 
 
-def _same_dtype(node: fx.Node) -> bool:
+def _same_kind(node: fx.Node) -> bool:
     before = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
     after = value_of(node)
-    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return before.dtype == after.dtype and before.device == after.device
 
 
 def _products_as_linears(graph_module: fx.GraphModule) -> None:

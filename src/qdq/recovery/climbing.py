@@ -326,7 +326,9 @@ class _Called(StandIn):
 
 def _collect(quantize: _Quantize, batches: Any, recipe: Recipe) -> Statistics:
     """Of all quantizers that any rung may have."""
-    widest = dataclasses.replace(recipe, algorithms={}, calibration="max", overrides={}, exclude=(), tune=None)
+    widest = dataclasses.replace(
+        recipe, algorithms={}, calibration="max", weight_calibration="max", overrides={}, exclude=(), tune=None
+    )
     statistics = record_of(quantize(batches, recipe=widest)).statistics
     assert statistics is not None
     return statistics
@@ -336,7 +338,7 @@ def _without_tuning(quantize: _Quantize, statistics: Statistics, recipe: Recipe)
     """The recipe with what `tune` left in float: timings differ from call to call, and recipes must not."""
     if recipe.tune is None:
         return recipe
-    ranges_alone = dataclasses.replace(recipe, algorithms={}, calibration="max")
+    ranges_alone = dataclasses.replace(recipe, algorithms={}, calibration="max", weight_calibration="max")
     tuned = record_of(quantize(statistics, recipe=ranges_alone)).recipe
     assert tuned is not None
     return dataclasses.replace(recipe, exclude=tuned.exclude, tune=None)

@@ -21,7 +21,7 @@ from ..recipe import Recipe
 from .ladder import same_recipe
 from .result import Rung
 
-FORMAT, VERSION = "qdq.recovery", 1
+FORMAT, VERSION = "qdq.recovery", 2
 # The metric of the float model may differ by as much from call to call: sums in another order.
 _TOLERANCE = 1e-6
 

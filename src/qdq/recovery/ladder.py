@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..constant_quantizers import CLIPPED_BITS
 from ..descriptor import QuantDescriptor
 from ..recipe import Recipe
 
@@ -62,7 +63,8 @@ def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order]) -> Iterato
     yield _like_the_default(best())
     yield "equalization", _add(best(), "equalization")
     yield "per-channel weights", _weights(best(), _per_channel)
-    order = () if "adaround" in best().algorithms else worst("rounding")
+    # Where codes are chosen already, those of a part of the layers would lose by it.
+    order = () if set(_ROUNDINGS).intersection(best().algorithms) else worst("rounding")
     if len(order) > 1:
         some = _first(order, math.ceil(len(order) / 4))
         yield f"AdaRound of the {_layers(len(some))}", _add(best(), "adaround", {"layers": some})
@@ -86,7 +88,8 @@ def _like_the_default(recipe: Recipe) -> tuple[str, Recipe]:
     if recipe.calibration != default.calibration:
         recipe = dataclasses.replace(recipe, calibration=default.calibration)
         changes.append(f"calibration {default.calibration}")
-    if recipe.weight_calibration != default.weight_calibration and _has_few_bits(recipe):
+    clipped = recipe != _weights(recipe, _more_than_clipped)
+    if recipe.weight_calibration != default.weight_calibration and clipped:
         recipe = dataclasses.replace(recipe, weight_calibration=default.weight_calibration)
         changes.append(f"weight calibration {default.weight_calibration}")
     for name in default.algorithms:
@@ -168,6 +171,11 @@ def _has_few_bits(recipe: Recipe) -> bool:
 
 def _full_bits(weights: QuantDescriptor) -> QuantDescriptor:
     return _changed(weights, num_bits=FULL_BITS)
+
+
+def _more_than_clipped(weights: QuantDescriptor) -> QuantDescriptor:
+    few = isinstance(weights.num_bits, int) and weights.num_bits <= CLIPPED_BITS
+    return _full_bits(weights) if few else weights
 
 
 def _per_channel(weights: QuantDescriptor) -> QuantDescriptor:
