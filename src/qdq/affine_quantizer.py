@@ -117,6 +117,12 @@ class AffineQuantizer(nn.Module):
         self.set_range(*self.proposed_range(histogram, automatic if self.method == "auto" else self.method))
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest value that a code stands for."""
+        step, zero = float(self.step_size), int(self.zero_point)
+        return (self.lo - zero) * step, (self.hi - zero) * step
+
+    @property
     def keeps_all(self) -> bool:
         """Whether "auto" clips nothing: codes of 16 bits are so fine that no value need be clipped to gain precision.
 
@@ -166,5 +172,5 @@ class AffineQuantizer(nn.Module):
         kind = str(self.code_dtype).removeprefix("torch.")
         if not self.calibrated:
             return f"{kind}, not calibrated, method={self.method}"
-        step, zero = float(self.step_size), int(self.zero_point)
-        return f"{kind}, range=[{(self.lo - zero) * step:.4g}, {(self.hi - zero) * step:.4g}], zero_point={zero}"
+        least, most = self.range
+        return f"{kind}, range=[{least:.4g}, {most:.4g}], zero_point={int(self.zero_point)}"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from ..affine_quantizer import AffineQuantizer
 from ..graph.ops import Kind, clip_bounds, kind_of
 from .algorithm import Algorithm
 from .walk import LayerVisit
@@ -22,9 +23,10 @@ class BiasCorrection(Algorithm):
     and Bias Correction" (ICCV 2019), section 4.2: the shift is measured layer by layer, with all layers before it
     quantized and corrected.
 
-    Where a ReLU or another clip follows, the shift is the mean over the positions that pass it in the float model: what
-    happens where all is cut off anyway must not decide the bias of the rest. (In a network of ReLUs half of all
-    positions are cut, and the errors of both halves differ.)
+    The shift is the mean over the positions whose float value passes the ReLU or other clip behind the layer, if there
+    is one, and lies within the range of the quantizer behind that: what happens where all is cut off anyway must not
+    decide the bias of the rest. (In a network of ReLUs half of all positions are cut, and the errors of both halves
+    differ.)
 
     A mean over few samples is uncertain. The correction is the shift times 1 - v / shift**2 (0 where that is negative),
     where v is the variance of the mean as the samples show it: what chance may have made is not corrected.
@@ -44,7 +46,7 @@ class BiasCorrection(Algorithm):
         axis = visit.layer.output_axis
         if visit.bias is None or (axis == -1 and visit.float_outputs[0].dim() > 2):
             return
-        bounds = _kept_range(visit.node)
+        bounds = _kept_range(visit)
         pairs = zip(visit.float_outputs, visit.outputs, strict=True)
         parts = [_sums(wanted, given, axis, bounds) for wanted, given in pairs]
         sums, counts = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -58,11 +60,19 @@ class BiasCorrection(Algorithm):
         visit.set_bias(visit.bias + mean)
 
 
-def _kept_range(node: fx.Node) -> tuple[float, float]:
-    """Between what bounds the values of a layer pass the clip behind it; infinite ones where there is none."""
-    users = list(node.users)
-    clipped = len(users) == 1 and kind_of(users[0]) is Kind.CLIP
-    return clip_bounds(users[0]) if clipped else (-math.inf, math.inf)
+def _kept_range(visit: LayerVisit) -> tuple[float, float]:
+    """Between what bounds values of a layer pass the clip and the quantizer behind it; infinite ones without."""
+    low, high = -math.inf, math.inf
+    users = list(visit.node.users)
+    if len(users) == 1 and kind_of(users[0]) is Kind.CLIP:
+        low, high = clip_bounds(users[0])
+        users = list(users[0].users)
+    if len(users) == 1 and users[0].op == "call_module":
+        quantizer = visit.walk.graph_module.get_submodule(str(users[0].target))
+        if isinstance(quantizer, AffineQuantizer) and quantizer.enabled and quantizer.calibrated:
+            least, most = quantizer.range
+            low, high = max(low, least), min(high, most)
+    return low, high
 
 
 def _sums(wanted: Tensor, given: Tensor, axis: int, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
