@@ -79,12 +79,13 @@ def _sums(wanted: Tensor, given: Tensor, axis: int, bounds: tuple[float, float])
     """Sum and count of `wanted - given` where `wanted` lies within the bounds, float64: (samples, channels) each."""
     difference = wanted - given
     if bounds == (-math.inf, math.inf):
-        kept = torch.ones((), dtype=torch.bool, device=wanted.device).expand_as(difference)
+        kept = torch.ones((), device=wanted.device).expand_as(difference)
     else:
-        kept = (wanted > bounds[0]) & (wanted < bounds[1])
+        # Of numbers, as a product with booleans and a sum of them take several times as long.
+        kept = ((wanted > bounds[0]) & (wanted < bounds[1])).to(difference.dtype)
         difference *= kept
     if difference.dim() == -axis:  # a single sample, without a dimension for it
         difference, kept = difference[None], kept[None]
     if axis == -1:
         return difference.double(), kept.double()
-    return difference.flatten(2).sum(2, dtype=torch.float64), kept.flatten(2).sum(2, dtype=torch.float64)
+    return difference.flatten(2).sum(2).double(), kept.flatten(2).sum(2).double()

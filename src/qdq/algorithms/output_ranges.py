@@ -55,13 +55,13 @@ class OutputRanges:
             for rule, (low, high) in proposals.items():
                 visit.quantizer.set_range(low, high)
                 # A layer is linear: what it makes of the error is the error of what it computes.
-                differences = (layer.run(visit.quantizer(x) - x, weight, None) for x in given)
+                differences = (layer.run(visit.quantizer(x).sub_(x), weight, None) for x in given)
                 errors[rule] += sum(_squares(_centred(d, layer.output_axis)) for d in differences) / (total or 1.0)
         if visit.others or not visit.readers:
             total = sum(map(_squares, given)) or 1.0
             for rule, (low, high) in proposals.items():
                 visit.quantizer.set_range(low, high)
-                errors[rule] += sum(_squares(visit.quantizer(x) - x) for x in given) / total
+                errors[rule] += sum(_squares(visit.quantizer(x).sub_(x)) for x in given) / total
         usual = next(iter(proposals))
         best = min(errors, key=lambda rule: errors[rule])
         if errors[best] >= self.margin * errors[usual]:
