@@ -54,8 +54,9 @@ class Recipe:
         calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" lets all of
             them propose a range for each tensor and takes the one with the least error in the outputs of the layers
             that read it; where none is clearly better it is "max" for what linears and matrix products read from float
-            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else. With
-            16 bits "auto" is "max".
+            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else. What
+            an elementwise function alone reads (a SiLU) gets the range of least squared error of its results. With 16
+            bits "auto" is "max".
         percentile: for "percentile", the share of values inside the range, in percent.
         weight_calibration: how the amax of a weight is found: "max", or "mse", that of least squared error, searched
             per channel. "auto" is "max" for weights of 7 and 8 bits; for fewer it is "mse", and, channel by channel,
