@@ -61,7 +61,8 @@ def residual_batches(count: int = 4) -> list[tuple[tuple[Tensor, Tensor], dict[s
 def residual(bits: int = 2, **weights: object) -> tuple[fx.GraphModule, Walk]:
     descriptor = qdq.QuantDescriptor(num_bits=bits, axis=0, narrow_range=True, **weights)  # type: ignore[arg-type]
     activations = {"activations": "float"} if weights else {}
-    recipe = Recipe(weights=descriptor, calibration="max", algorithms=[], **activations)  # type: ignore[arg-type]
+    ranges = {"calibration": "max", "weight_calibration": "max"}
+    recipe = Recipe(weights=descriptor, algorithms=[], **ranges, **activations)  # type: ignore[arg-type]
     batches = residual_batches()
     qmodel = qdq.quantize(Residual().eval(), batches, recipe=recipe, progress=False)
     return qmodel, Walk(qmodel, [list(args) for args, _ in batches])

@@ -23,7 +23,8 @@ def tuned(model: nn.Module, batches: Any, bits: int = 4, axis: int | None = 0, *
     weights = qdq.QuantDescriptor(bits, axis=axis, narrow_range=True)
     data, models = batches, []
     for algorithms in ({}, {"fine_tuning": options}):
-        recipe = qdq.Recipe(weights=weights, calibration="max", algorithms=algorithms)
+        ranges = {"calibration": "max", "weight_calibration": "max"}
+        recipe = qdq.Recipe(weights=weights, algorithms=algorithms, **ranges)  # type: ignore[arg-type]
         models.append(qdq.quantize(model, data, recipe=recipe, progress=False))
         data = record_of(models[-1]).statistics
     return models

@@ -205,13 +205,14 @@ def _errors(build, recipe: Recipe, batches: list[Tensor]) -> float:
 @pytest.mark.parametrize(
     ("build", "bits", "activations", "gain"),
     # The more precise the activations, the more of the error is that of the weights, which a bias can take.
-    [(s1, 8, 8, 0.8), (s2, 8, 8, 0.4), (s2, 4, 8, 3.5), (s1, 8, 16, 4.0)],
+    [(s1, 8, 8, 0.5), (s2, 8, 8, 0.4), (s2, 4, 8, 3.5), (s1, 8, 16, 4.0)],
 )
 def test_bias_correction_gains(build, bits: int, activations: int, gain: float, fashion_batches) -> None:
     fields = {
         "weights": qdq.QuantDescriptor(num_bits=bits, axis=0, narrow_range=True),
         "activations": qdq.QuantDescriptor(num_bits=activations),
         "calibration": "mse" if activations == 8 else "max",
+        "weight_calibration": "max",
     }
     plain, corrected = (
         _errors(build, Recipe(**fields, algorithms=algorithms), fashion_batches)

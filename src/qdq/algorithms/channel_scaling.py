@@ -92,9 +92,13 @@ class ChannelScaling:
 
 
 def weight_method(graph_module: fx.GraphModule) -> str:
-    """How the recipe fits the step sizes of weights."""
+    """How step sizes are fitted while factors are looked for: as the recipe says, where it names one way.
+
+    "auto" is the whole range here. The range of least squared error of the weight would cut off the very weights that
+    factors have made large because of their inputs; the walk looks at outputs, and may take it afterwards.
+    """
     recipe = record_of(graph_module).recipe
-    return "max" if recipe is None else recipe.weight_calibration
+    return "max" if recipe is None or recipe.weight_calibration == "auto" else recipe.weight_calibration
 
 
 def _replace(graph_module: fx.GraphModule, path: str, value: Tensor) -> None:
