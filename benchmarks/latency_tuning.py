@@ -186,7 +186,9 @@ def _openvino_times(path: Path, arrays: list[np.ndarray]) -> list[tuple[str, flo
             if entry.status == ov.ProfilingInfo.Status.EXECUTED:
                 kinds[entry.node_name] = entry.node_type
                 times.setdefault(entry.node_name, []).append(1e6 * entry.real_time.total_seconds())
-    return [(kinds[name], float(np.quantile(values[3:], 0.25))) for name, values in times.items()]
+    # Some nodes run once, at the first inference.
+    often = {name: values[3:] for name, values in times.items() if len(values) > 3}
+    return [(kinds[name], float(np.quantile(values, 0.25))) for name, values in often.items()]
 
 
 def _by_kind(rows: list[dict[str, Any]]) -> str:
