@@ -65,28 +65,39 @@ def calibration_texts(count: int, skipped: int = 0) -> list[str]:
 
 def lee50(encode: Encode, tokenizer: Any) -> float:
     """Pearson correlation of cosine and human similarity over the 1225 pairs of documents."""
+    similar, rated = lee50_similarities(encode, tokenizer)
+    pairs = np.triu_indices(len(rated), 1)
+    return float(np.corrcoef(similar[pairs], rated[pairs])[0, 1])
+
+
+def lee50_similarities(encode: Encode, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and human similarities of the 50 documents, two matrices [50, 50]."""
     folder = package_folder("gensim") / "test" / "test_data"
     documents = [line.strip() for line in (folder / "lee.cor").read_text(encoding="latin-1").splitlines()]
-    rated = np.loadtxt(folder / "similarities0-1.txt")
-    vectors = _embed(encode, tokenizer, documents)
-    pairs = np.triu_indices(len(documents), 1)
-    return float(np.corrcoef((vectors @ vectors.T)[pairs], rated[pairs])[0, 1])
+    vectors = embed(encode, tokenizer, documents)
+    return vectors @ vectors.T, np.loadtxt(folder / "similarities0-1.txt")
 
 
 def wordsim(encode: Encode, tokenizer: Any) -> float:
     """Spearman correlation of cosine and human similarity over 353 pairs of words."""
     from scipy.stats import spearmanr
 
-    path = package_folder("gensim") / "test" / "test_data" / "wordsim353.tsv"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
-    first = _embed(encode, tokenizer, [row[0] for row in rows])
-    second = _embed(encode, tokenizer, [row[1] for row in rows])
-    correlation: Any = spearmanr((first * second).sum(1), [float(row[2]) for row in rows])
+    correlation: Any = spearmanr(*wordsim_similarities(encode, tokenizer))
     return float(correlation.statistic)
 
 
-def _embed(encode: Encode, tokenizer: Any, texts: list[str], batch: int = 16) -> np.ndarray:
+def wordsim_similarities(encode: Encode, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and human similarities of the 353 pairs of words, two vectors."""
+    path = package_folder("gensim") / "test" / "test_data" / "wordsim353.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
+    first = embed(encode, tokenizer, [row[0] for row in rows])
+    second = embed(encode, tokenizer, [row[1] for row in rows])
+    return (first * second).sum(1), np.array([float(row[2]) for row in rows])
+
+
+def embed(encode: Encode, tokenizer: Any, texts: list[str], batch: int = 16) -> np.ndarray:
+    """The vectors of texts, [N, 384]."""
     # Texts of similar length go together, so that little is spent on padding.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     vectors = np.zeros((len(texts), 384), np.float32)

@@ -2,7 +2,8 @@
 # Makes an environment of the benchmarks. usage: benchmarks/setup_env.sh FOLDER [deploy|qat|accuracy]
 # FOLDER becomes a virtual environment with a CPU build of PyTorch and the peers; `import qdq` works in it.
 # deploy (default): the peers and data of deploy.py. Fashion-MNIST (Debian package dataset-fashion-mnist, MIT) goes to
-# $QDQ_DATA, by default ~/.cache/qdq-data. qat: the peers of qat.py; kernels.py runs in it as well. accuracy: both.
+# $QDQ_DATA, by default ~/.cache/qdq-data. qat: the peers of qat.py; kernels.py runs in it as well. accuracy: both, and
+# the reviews of clipping.py.
 set -euo pipefail
 usage() { echo "usage: $0 FOLDER [deploy|qat|accuracy]" >&2; exit 2; }
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
@@ -30,5 +31,11 @@ if [ "$kind" != qat ] && [ ! -d "$fashion" ] && [ ! -d /usr/share/datasets/fashi
     mkdir -p "$data/deb"
     (cd "$data" && apt-get download --quiet dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb deb) ||
         echo "Fashion-MNIST was not fetched (run 'apt-get update' first): S1 then uses its committed subset, P1 is skipped" >&2
+fi
+reviews=vaderSentiment-3.3.2.tar.gz
+if [ "$kind" = accuracy ] && [ ! -f "$data/$reviews" ]; then
+    mkdir -p "$data"
+    "$env/bin/python" -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d "$data" vadersentiment==3.3.2 ||
+        echo "the reviews were not fetched: clipping.py then leaves out its third task" >&2
 fi
 "$env/bin/python" -c 'import torch; print("environment ready, torch", torch.__version__)'

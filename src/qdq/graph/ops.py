@@ -292,13 +292,17 @@ def bias_of(node: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) and is_constant(bias) else None
 
 
+def groups_of(convolution: fx.Node) -> int:
+    """The groups of a convolution's channels."""
+    return convolution.args[6] if len(convolution.args) > 6 else convolution.kwargs.get("groups", 1)  # type: ignore[return-value]
+
+
 def is_depthwise(node: fx.Node) -> bool:
     """Whether a convolution has one filter per channel."""
     if kind_of(node) is not Kind.CONVOLUTION or not isinstance(node.args[1], fx.Node):
         return False
     weight = value_of(node.args[1])
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    return isinstance(weight, torch.Tensor) and weight.shape[1] == 1 and weight.shape[0] == groups
+    return isinstance(weight, torch.Tensor) and weight.shape[1] == 1 and weight.shape[0] == groups_of(node)
 
 
 def module_path(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..errors import RecipeError
 from ..recipe import Recipe, matches
@@ -17,10 +17,12 @@ from .ops import (
     Kind,
     clip_bounds,
     data_inputs,
+    groups_of,
     is_float,
     is_split,
     kind_of,
     operation_name,
+    value_of,
     weight_position,
 )
 from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
@@ -54,6 +56,8 @@ _LOCAL = (
 
 # Why an operation between quantizers computes in float.
 WIDE = "it reads or gives codes of 16 bits, which no integer kernel takes"
+# Why an operation that could be computed in integers is not.
+FEW_PRODUCTS = "few products a value between operations in float: integers gain no time (an override quantizes it)"
 
 
 def _bounds(tensor: fx.Node) -> tuple[float, float] | None:
@@ -82,18 +86,52 @@ class _Placement:
             rule = self._rule_for(node, attention)
             if rule is not None:
                 self.rules[node] = rule
+        self.held = {node for node, rule in self.rules.items() if self._gains_nothing(node, rule)}
 
     def run(self) -> Plan:
+        self._settle()
+        # A model of such operations alone would not be quantized at all.
+        kept = {n for n in self.held if self.plan.operations and not self.plan.integer.intersection(data_inputs(n))}
+        if kept != self.held:
+            self.held = kept
+            self._settle()
+        self.plan.floats.update(dict.fromkeys(self.held, FEW_PRODUCTS))
+        set_widths(self.plan, self.recipe)
+        self._explain_wide()
+        self._explain_floats()
+        return self.plan
+
+    def _settle(self) -> None:
         before = -1
         while before != (before := self._size()):
             self._find_wanted()
             self.near.clear()
             for node in self.nodes:
-                self._visit(node)
-        set_widths(self.plan, self.recipe)
-        self._explain_wide()
-        self._explain_floats()
-        return self.plan
+                if node not in self.held:
+                    self._visit(node)
+
+    def _gains_nothing(self, node: fx.Node, rule: Rule) -> bool:
+        """Whether an operation multiplies little for operations in float, and the recipe does not ask for its codes."""
+        weight = weight_position(node)
+        if rule.role != "compute" or not rule.few_products or weight is None or groups_of(node) != 1:
+            return False
+        asked = self.recipe.for_name(*names_of(node), node=node.name)
+        if asked.weights is not None or asked.activations is not None:
+            return False
+        values: Tensor = value_of(node.args[weight[0]])  # type: ignore[arg-type]
+        return values[0].numel() <= rule.few_products and self._is_read_in_float(tail(node))
+
+    def _is_read_in_float(self, tensor: fx.Node) -> bool:
+        """Whether what reads a tensor has no integer form, but for its product with a function of itself (a SiLU)."""
+        for reader in tensor.users:
+            if kind_of(reader) in (Kind.MOVE, Kind.CLIP):
+                if not self._is_read_in_float(reader):
+                    return False
+            elif reader.op == "output" or reader in self.rules:
+                gates = kind_of(reader) is Kind.MUL and any(n in tensor.users for n in reader.all_input_nodes)
+                if not gates:
+                    return False
+        return True
 
     def _size(self) -> int:
         plan = self.plan

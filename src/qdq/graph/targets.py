@@ -25,6 +25,8 @@ class Rule:
             operations have a quantized weight and compute in float.
         output: whether the runtime needs a quantized output to run the operation in integers.
         shared: whether inputs and output share one quantizer.
+        few_products: an operation without groups that multiplies at most so often for a value of its result is no
+            faster in integers where it alone would need codes; there it stays in float.
         note: what the runtime makes of it, in its own words for the operation.
     """
 
@@ -33,6 +35,7 @@ class Rule:
     note: str
     output: bool = False
     shared: bool = False
+    few_products: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +105,16 @@ _EMBEDDING = Rule(Kind.EMBEDDING, "weight", "rows are gathered as int8 and scale
 #
 # DequantizeLinear that is fused is as fast as MatMulNBits, and per channel as fast as blocks of 32. At 8 bits level 1
 # takes 978 and 22856 microseconds for one row.
+#
+# The first convolution of a network reads 3 channels. Where a SiLU or a normalisation follows it, it alone would be
+# computed in integers, between two conversions. With 3 x 3 x 3 products a value that takes as long as in float or
+# longer, with 4 x 4 x 3 it is faster (benchmarks/first_convolution.py).
 ONNXRUNTIME = Target(
     name="onnxruntime",
     unsigned=True,
     symmetric=False,
     rules=(
-        Rule(Kind.CONVOLUTION, "compute", "QLinearConv; needs a quantized output", output=True),
+        Rule(Kind.CONVOLUTION, "compute", "QLinearConv; needs a quantized output", output=True, few_products=27),
         Rule(Kind.TRANSPOSED_CONVOLUTION, "weight", "no integer kernel: computed in float from int8 weights"),
         Rule(Kind.LINEAR, "compute", "QGemm (2-d input) or MatMulIntegerToFloat"),
         Rule(Kind.MATMUL, "compute", "MatMulIntegerToFloat"),
