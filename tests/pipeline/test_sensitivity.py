@@ -19,7 +19,8 @@ from fixtures.classifiers import s1, s2
 from pipeline.helpers import quantize, randn, run_model, sqnr_db
 from qdq.affine_quantizer import AffineQuantizer
 from qdq.analysis.partial_run import PartialRun
-from qdq.analysis.quantizer_switches import activation_at
+from qdq.analysis.quantizer_switches import QuantizerSwitches, activation_at
+from qdq.analysis.quantizer_trials import trials_of
 from qdq.analysis.sensitivity import QuantizerSensitivity, Sensitivity
 from qdq.calibration import histogram_of
 from qdq.constant_quantizers import BiasQuantizer, WeightQuantizer
@@ -256,6 +257,24 @@ def test_other_bits_are_fitted_anew(branches: fx.GraphModule, name: str) -> None
         assert statistics is not None
         quantizer.find_range(histogram_of(branches, quantizer, statistics))
     assert entry.alone_on == pytest.approx(sqnr_db(reference, floats(alone, BATCHES)), abs=1e-6)
+
+
+def test_a_range_before_a_silu_is_found_by_its_results_at_other_bits_too() -> None:
+    """8 bits tried on a model of 16 are those that a recipe of 8 bits gets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)).eval()
+    data = [10 * randn(4, 4, 12, 12, seed=seed) for seed in range(2)]
+    wide = quantize(model, data, recipe=qdq.Recipe(activations=qdq.QuantDescriptor(num_bits=16), algorithms={}))
+    usual = quantize(model, data, recipe=qdq.Recipe(algorithms={})).get_submodule("0.output_quantizer")
+    switches = QuantizerSwitches(wide)
+    tried = {t.name: t for t in trials_of(switches, record_of(wide), ["activation"], [8]) if t.tried}
+    found = tried["0.output_quantizer"].replaced["0.output_quantizer"]
+    assert isinstance(found, AffineQuantizer) and isinstance(usual, AffineQuantizer)
+    assert (float(found.step_size), int(found.zero_point)) == (float(usual.step_size), int(usual.zero_point))
+    seen = record_of(wide).seen
+    assert seen is not None
+    histogram = histogram_of(wide, found, seen)
+    assert float(activation_at(usual, 8, histogram).step_size) != float(usual.step_size)
 
 
 def test_a_range_of_the_recipe_stays_at_other_bits() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -112,10 +112,16 @@ def bits_of(quantizer: Quantizer) -> int:
     return quantizer.num_bits
 
 
-def activation_at(quantizer: AffineQuantizer, bits: int, histogram: HistogramCollector | None) -> AffineQuantizer:
+def activation_at(
+    quantizer: AffineQuantizer,
+    bits: int,
+    histogram: HistogramCollector | None,
+    through: Callable[[Tensor], Tensor] | None = None,
+) -> AffineQuantizer:
     """The quantizer with codes of other bits, its range found anew from what calibration saw.
 
-    Without a histogram, or where a recipe gives the range, the range stays and the step size alone changes.
+    Without a histogram, or where a recipe gives the range, the range stays and the step size alone changes. `through`
+    is the elementwise function that alone reads the tensor, where there is one.
     """
     other = copy.deepcopy(quantizer)
     if quantizer.lo < 0:
@@ -124,7 +130,7 @@ def activation_at(quantizer: AffineQuantizer, bits: int, histogram: HistogramCol
     else:
         other.lo, other.hi = 0, 2**bits - 1
     if histogram is not None and histogram.total and not quantizer.fixed:
-        other.find_range(histogram)
+        other.find_range(histogram, through=through)
     else:
         step, zero = float(quantizer.step_size), int(quantizer.zero_point)
         least = max(quantizer.lo, -quantizer.hi) if quantizer.symmetric else quantizer.lo

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..affine_quantizer import AffineQuantizer
 from ..algorithms.layer import layers_of
-from ..calibration import histogram_of
+from ..calibration import functions_behind, histogram_of
 from ..constant_quantizers import WeightQuantizer
 from ..graph.names import original_name
 from ..graph.ops import Kind, kind_of, module_path
@@ -60,7 +60,13 @@ def trials_of(
         if kind in kinds:
             patterns = _patterns(switches, name)
             trials.append(Trial(name, kind, bits_of(quantizer), patterns, frozenset([name])))
-    others = [_at(switches, record, trial, number) for number in bits for trial in trials if _may(trial, number)]
+    functions = functions_behind(switches.model) if bits else {}
+    others = [
+        _at(switches, record, trial, number, functions.get(trial.name))
+        for number in bits
+        for trial in trials
+        if _may(trial, number)
+    ]
     if "layer" in kinds:
         trials += _layers(switches)
     return trials + others
@@ -84,7 +90,13 @@ def _may(trial: Trial, bits: int) -> bool:
     return bits != trial.bits and (trial.kind == "activation" or bits <= MOST_WEIGHT_BITS)
 
 
-def _at(switches: QuantizerSwitches, record: Record, trial: Trial, bits: int) -> Trial:
+def _at(
+    switches: QuantizerSwitches,
+    record: Record,
+    trial: Trial,
+    bits: int,
+    through: Callable[[Tensor], Tensor] | None,
+) -> Trial:
     quantizer = switches.quantizers[trial.name]
     other: Quantizer
     if isinstance(quantizer, WeightQuantizer):
@@ -93,7 +105,7 @@ def _at(switches: QuantizerSwitches, record: Record, trial: Trial, bits: int) ->
     else:
         known = record.seen
         histogram = None if known is None else histogram_of(switches.model, quantizer, known)
-        other = activation_at(quantizer, bits, histogram)
+        other = activation_at(quantizer, bits, histogram, through)
     return dataclasses.replace(trial, bits=bits, replaced={trial.name: other})
 
 
