@@ -23,7 +23,7 @@ class Gated(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def quantized(model: nn.Module, **recipe: object) -> tuple[object, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    data = [8 * torch.randn(8, 3, 8, 8, generator=generator) for _ in range(2)]
+    data = [8 * torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2)]
     return qdq.quantize(model, data, recipe=qdq.Recipe(**recipe), progress=False), data  # type: ignore[arg-type]
 
 
@@ -65,13 +65,14 @@ def test_two_functions_of_a_tensor_are_none() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second, self.third = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+            self.first, self.second, self.third = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
             return self.second(F.silu(x)) + self.third(torch.tanh(x))
 
     qmodel, _ = quantized(Two().eval())
+    assert hasattr(qmodel.first, "output_quantizer")  # type: ignore[attr-defined]
     assert "first.output_quantizer" not in functions_behind(qmodel)  # type: ignore[arg-type]
 
 
