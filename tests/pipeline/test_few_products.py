@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,32 @@ def test_it_is_quantized_where_it_reads_codes() -> None:
     assert all(found.find(f"{index}.weight").quantized for index in (0, 2, 4))
 
 
+def test_it_stays_in_float_before_a_layer_without_integers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    found = qdq.explain(quantize(model, [PHOTO]))
+    assert [found.find(f"{index}.weight").quantized for index in (0, 1, 3)] == [False, True, True]
+    blocks = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Flatten(2), nn.Linear(196, 8)).eval()
+    weights = QuantDescriptor(num_bits=8, axis=0, narrow_range=True, block_size=32)
+    found = qdq.explain(quantize(blocks, [PHOTO], recipe=Recipe(weights=weights)))
+    assert not found.find("0.weight").quantized and found.find("3.weight").quantized
+
+
+def test_calls_of_one_weight_are_quantized_together() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.silu(self.first(x))
+            return self.second(torch.relu(self.first(y)))
+
+    found = qdq.explain(quantize(Twice().eval(), [PHOTO]))
+    convolutions = [e for e in found if e.role == "activation" and e.operation == "conv2d"]
+    assert len(convolutions) == 3 and all(FEW_PRODUCTS not in entry.reason for entry in convolutions)
+    assert found.find("x").quantized
+
+
 def test_a_branch_that_reads_codes_is_enough() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -120,6 +146,18 @@ def test_more_products_or_groups_are_quantized(options: dict[str, Any]) -> None:
     assert first_is_quantized(stem(nn.functional.silu, **options))
 
 
+def test_more_channels_and_other_dimensions_are_quantized() -> None:
+    pointwise = nn.Sequential(nn.Conv2d(5, 8, 1), nn.SiLU(), nn.Conv2d(8, 8, 3)).eval()
+    assert qdq.explain(quantize(pointwise, [randn(2, 5, 8, 8)])).find("0.weight").quantized
+    sound = nn.Sequential(nn.Conv1d(1, 8, 10), nn.GELU(), nn.Conv1d(8, 8, 3)).eval()
+    assert qdq.explain(quantize(sound, [randn(2, 1, 40)])).find("0.weight").quantized
+
+
+def test_it_stays_in_float_whatever_else_the_recipe_keeps_there() -> None:
+    qmodel = quantize(stem(nn.functional.silu), [PHOTO], recipe=Recipe(exclude=["second"]))
+    assert not any(entry.quantized for entry in qdq.explain(qmodel))
+
+
 def test_a_model_of_such_convolutions_alone_is_quantized() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU()).eval()
     assert qdq.explain(quantize(model, [PHOTO])).find("0.weight").quantized
@@ -131,6 +169,8 @@ def test_an_override_quantizes_it() -> None:
     assert first_is_quantized(model, recipe=Recipe(overrides={"first": {"weights": weights}}))
     activations = QuantDescriptor(num_bits=8, calib_method="histogram")
     assert first_is_quantized(model, recipe=Recipe(overrides={"first": {"activations": activations}}))
+    assert first_is_quantized(model, recipe=Recipe(overrides={"x": {"activations": activations}}))
+    assert first_is_quantized(model, recipe=Recipe(overrides={"*": {"weights": weights}}))
     assert not first_is_quantized(model, recipe=Recipe(overrides={"first": {"calibration": "max"}}))
     assert not first_is_quantized(model, recipe=Recipe(exclude=["first"]))
 
@@ -142,3 +182,18 @@ def test_weights_alone_are_quantized_all_the_same() -> None:
 @pytest.mark.parametrize("target", ["openvino", "tensorrt"])
 def test_runtimes_that_fuse_activations_quantize_it(target: str) -> None:
     assert first_is_quantized(stem(nn.functional.silu), target=target)
+
+
+def test_recovery_collects_what_a_recipe_quantizes_against_the_rule() -> None:
+    """One pass over the data serves every rung, also one whose recipe has such an override."""
+    model, passes = stem(nn.functional.silu), []
+
+    def batches() -> Iterator[Tensor]:
+        passes.append(1)
+        yield from (randn(4, 3, 16, 16, seed=seed) for seed in range(4))
+
+    recipe = Recipe(overrides={"first": {"weights": QuantDescriptor(num_bits=8, axis=0, narrow_range=True)}})
+    found = qdq.recover(model, batches(), lambda _model: 1.0, recipe=recipe, progress=False)
+    direct = quantize(model, [randn(4, 3, 16, 16, seed=seed) for seed in range(4)], recipe=recipe)
+    assert len(passes) == 1
+    assert torch.equal(found.model(PHOTO), direct(PHOTO))

@@ -37,8 +37,8 @@ HOLDS = {
     "cross_attention": {"MatMulIntegerToFloat": 5},
     "text_encoder": {"MatMulIntegerToFloat": 6},
 }
-# Convolutions of few products between operations in float: the first one, and those before the gates.
-IN_FLOAT = {"mobilenet_v3": 1, "efficientnet": 4}
+# Convolutions of few products between operations in float: the first one.
+IN_FLOAT = {"mobilenet_v3": 1, "efficientnet": 1}
 
 
 def convolutions(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from .ops import (
     value_of,
     weight_position,
 )
-from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
+from .plan import USUAL_BITS, Plan, block_size_of, names_of, names_of_tensor, tail
 from .targets import Rule, Target
 from .widths import set_widths
 
@@ -56,6 +56,8 @@ _LOCAL = (
 
 # Why an operation between quantizers computes in float.
 WIDE = "it reads or gives codes of 16 bits, which no integer kernel takes"
+# Channels that a convolution of few products reads: of an image.
+FEW_CHANNELS = 4
 # Why an operation that could be computed in integers is not.
 FEW_PRODUCTS = "few products a value between operations in float: integers gain no time (an override quantizes it)"
 
@@ -86,15 +88,14 @@ class _Placement:
             rule = self._rule_for(node, attention)
             if rule is not None:
                 self.rules[node] = rule
-        self.held = {node for node, rule in self.rules.items() if self._gains_nothing(node, rule)}
+        self.held = self._whole({node for node, rule in self.rules.items() if self._gains_nothing(node, rule)})
 
     def run(self) -> Plan:
-        self._settle()
-        # A model of such operations alone would not be quantized at all.
-        kept = {n for n in self.held if self.plan.operations and not self.plan.integer.intersection(data_inputs(n))}
-        if kept != self.held:
-            self.held = kept
+        held: set[fx.Node] | None = None
+        while held != self.held:
+            held = self.held
             self._settle()
+            self.held = self._whole({n for n in held if not self.plan.integer.intersection(data_inputs(n))})
         self.plan.floats.update(dict.fromkeys(self.held, FEW_PRODUCTS))
         set_widths(self.plan, self.recipe)
         self._explain_wide()
@@ -111,27 +112,49 @@ class _Placement:
                     self._visit(node)
 
     def _gains_nothing(self, node: fx.Node, rule: Rule) -> bool:
-        """Whether an operation multiplies little for operations in float, and the recipe does not ask for its codes."""
-        weight = weight_position(node)
-        if rule.role != "compute" or not rule.few_products or weight is None or groups_of(node) != 1:
+        """Whether it multiplies little for operations in float, and the recipe asks for none of its codes."""
+        if rule.role != "compute" or not self._multiplies_little(node):
             return False
-        asked = self.recipe.for_name(*names_of(node), node=node.name)
-        if asked.weights is not None or asked.activations is not None:
+        asked = [self.recipe.for_name(*names_of_tensor(n), node=n.name) for n in (node, tail(node), *data_inputs(node))]
+        if any(override.weights is not None or override.activations is not None for override in asked):
             return False
-        values: Tensor = value_of(node.args[weight[0]])  # type: ignore[arg-type]
-        return values[0].numel() <= rule.few_products and self._is_read_in_float(tail(node))
+        # A model of such operations alone would not be quantized at all, whatever else the recipe keeps in float.
+        others = any(self._computes_in_integers(n) and not self._multiplies_little(n) for n in self.nodes)
+        return others and self._is_read_in_float(node)
+
+    def _computes_in_integers(self, node: fx.Node) -> bool:
+        rule = self.target.rule(kind_of(node))
+        return rule is not None and rule.role == "compute" and is_float(node)
+
+    def _multiplies_little(self, node: fx.Node) -> bool:
+        rule, where = self.target.rule(kind_of(node)), weight_position(node)
+        if rule is None or not rule.few_products or where is None or groups_of(node) != 1:
+            return False
+        weight: Tensor = value_of(node.args[where[0]])  # type: ignore[arg-type]
+        products = weight.shape[1:].numel()
+        return weight.dim() == 4 and weight.shape[1] <= FEW_CHANNELS and products <= rule.few_products
 
     def _is_read_in_float(self, tensor: fx.Node) -> bool:
-        """Whether what reads a tensor has no integer form, but for its product with a function of itself (a SiLU)."""
+        """Whether nothing reads codes of a tensor, but for its product with an operation on it (a SiLU)."""
         for reader in tensor.users:
+            rule = self.rules.get(reader)
             if kind_of(reader) in (Kind.MOVE, Kind.CLIP):
                 if not self._is_read_in_float(reader):
                     return False
-            elif reader.op == "output" or reader in self.rules:
+            elif reader.op == "output" or (rule is not None and rule.role != "weight"):
                 gates = kind_of(reader) is Kind.MUL and any(n in tensor.users for n in reader.all_input_nodes)
                 if not gates:
                     return False
         return True
+
+    def _whole(self, held: set[fx.Node]) -> set[fx.Node]:
+        """Those of which every call of the same weight is among them: a weight has codes or has none."""
+        shared = {self._weight(node) for node in self.rules if node not in held}
+        return {node for node in held if self._weight(node) not in shared}
+
+    def _weight(self, node: fx.Node) -> object:
+        where = weight_position(node)
+        return None if where is None else getattr(node.args[where[0]], "target", None)
 
     def _size(self) -> int:
         plan = self.plan

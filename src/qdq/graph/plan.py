@@ -55,6 +55,11 @@ def names_of(node: fx.Node) -> tuple[str, ...]:
     return (*([path] if path else []), *parameters)
 
 
+def names_of_tensor(node: fx.Node) -> tuple[str, ...]:
+    """The names by which a pattern may speak of a tensor: those of its operation, or an input's own."""
+    return (str(node.target),) if node.op == "placeholder" else names_of(node)
+
+
 def block_size_of(node: fx.Node, descriptor: QuantDescriptor) -> int | None:
     """The block size of an operation's weight: linears, and matrix products with a constant matrix, have blocks."""
     where = weight_position(node)

@@ -20,13 +20,14 @@ class Rule:
 
     Attributes:
         kind: the operations that the row is about.
-        role: "compute" operations are always quantized: they ask for quantized inputs (and a quantized weight).
+        role: "compute" operations are quantized wherever they stand (but see `few_products`): they ask for quantized
+            inputs (and a quantized weight).
             "follow" operations run in integers where their neighbours do, and stay in float otherwise. "weight"
             operations have a quantized weight and compute in float.
         output: whether the runtime needs a quantized output to run the operation in integers.
         shared: whether inputs and output share one quantizer.
-        few_products: an operation without groups that multiplies at most so often for a value of its result is no
-            faster in integers where it alone would need codes; there it stays in float.
+        few_products: a convolution of two dimensions and at most 4 channels, without groups, that multiplies at most so
+            often for a value of its result is no faster in integers where it alone would need codes: it stays in float.
         note: what the runtime makes of it, in its own words for the operation.
     """
 

@@ -11,7 +11,7 @@ from torch import fx
 from ..descriptor import QuantDescriptor
 from ..recipe import Recipe
 from .ops import Kind, kind_of, rank_of
-from .plan import USUAL_BITS, Plan, names_of, tail
+from .plan import USUAL_BITS, Plan, names_of_tensor, tail
 
 
 def set_widths(plan: Plan, recipe: Recipe) -> None:
@@ -22,9 +22,9 @@ def set_widths(plan: Plan, recipe: Recipe) -> None:
     result. Tensors on one quantizer have one width; where several are asked for, it is the widest.
     """
     for tensor in plan.tensors:
-        _widen(plan, tensor, recipe.for_name(*_names(tensor), node=tensor.name).activations)
+        _widen(plan, tensor, recipe.for_name(*names_of_tensor(tensor), node=tensor.name).activations)
     for node, operands in plan.operations.items():
-        asked = recipe.activations_for(*_names(node), node=node.name)
+        asked = recipe.activations_for(*names_of_tensor(node), node=node.name)
         for tensor in (*operands, tail(node)):
             if tensor in plan.tensors:
                 _widen(plan, tensor, asked)
@@ -44,7 +44,3 @@ def _widen(plan: Plan, tensor: fx.Node, asked: QuantDescriptor | str | None) -> 
 def _is_product(node: fx.Node) -> bool:
     """Whether an operation is a MatMul in ONNX: a linear of two dimensions is a Gemm, whose kernel gives codes."""
     return kind_of(node) is Kind.MATMUL or (kind_of(node) is Kind.LINEAR and rank_of(node) != 2)
-
-
-def _names(node: fx.Node) -> tuple[str, ...]:
-    return (str(node.target),) if node.op == "placeholder" else names_of(node)

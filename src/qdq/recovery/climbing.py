@@ -30,6 +30,7 @@ from ..graph.record import KEY, record_of
 from ..graph.targets import Target, find_target
 from ..quantizer_sensitivity import sensitivity
 from ..recipe import Recipe
+from ..recipe_values import Override
 from ..stand_in import StandIn
 from .arguments import check_json, check_path, check_target, seconds_of
 from .files import DeployedFiles
@@ -327,7 +328,14 @@ class _Called(StandIn):
 def _collect(quantize: _Quantize, batches: Any, recipe: Recipe) -> Statistics:
     """Of all quantizers that any rung may have."""
     widest = dataclasses.replace(
-        recipe, algorithms={}, calibration="max", weight_calibration="max", overrides={}, exclude=(), tune=None
+        recipe,
+        algorithms={},
+        calibration="max",
+        weight_calibration="max",
+        # What an override speaks of is quantized where the target would leave it in float.
+        overrides={"*": Override(weights=recipe.weights)},
+        exclude=(),
+        tune=None,
     )
     statistics = record_of(quantize(batches, recipe=widest)).statistics
     assert statistics is not None
