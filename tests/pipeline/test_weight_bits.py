@@ -231,9 +231,9 @@ def test_blocks_gain_on_an_encoder_and_nothing_but_weights_is_quantized() -> Non
 
 def test_integer_activations_beside_blocks() -> None:
     """Linears in blocks compute in float, and say so; the convolution before them stays in integers."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
     descriptor = QuantDescriptor(8, calib_method="histogram")
-    explanation = qdq.explain(quantize(model, [randn(4, 3, 8, 8)], recipe=plain(4, 32, descriptor)))
+    explanation = qdq.explain(quantize(model, [randn(4, 4, 8, 8)], recipe=plain(4, 32, descriptor)))
     assert explanation.find("0.weight").reason.startswith("QLinearConv")
     assert "no integer kernel takes step sizes per block" in explanation.find("3.weight").reason
     assert "no integer kernel takes step sizes per block" in explanation.find("linear").reason
