@@ -108,8 +108,8 @@ _EMBEDDING = Rule(Kind.EMBEDDING, "weight", "rows are gathered as int8 and scale
 # takes 978 and 22856 microseconds for one row.
 #
 # The first convolution of a network reads 3 channels. Where a SiLU or a normalisation follows it, it alone would be
-# computed in integers, between two conversions. With 3 x 3 x 3 products a value that takes as long as in float or
-# longer, with 4 x 4 x 3 it is faster (benchmarks/first_convolution.py).
+# computed in integers, between two conversions. With 3 x 3 x 3 products a value that takes about as long as in float or
+# longer, with 7 x 7 x 3 it is faster (benchmarks/first_convolution.py).
 ONNXRUNTIME = Target(
     name="onnxruntime",
     unsigned=True,
