@@ -217,7 +217,9 @@ def _builders(case: Case, fp32: Path, folder: Path, options: argparse.Namespace)
             start = time.perf_counter()
             model, on = make(case)
             seconds = time.perf_counter() - start
-            return Contender("", _torch_run(model), 0, seconds, extra={"simulated": True, "note": f"{on} quantizers"})
+            return Contender(
+                "", contenders.torch_run(model), 0, seconds, extra={"simulated": True, "note": f"{on} quantizers"}
+            )
 
         return build
 
@@ -250,7 +252,7 @@ def _recovered(case: Case, folder: Path, budget: str) -> Contender:
     import qdq
 
     def evaluate(model: torch.nn.Module) -> float:
-        return statistics.fmean(task(_torch_run(model)) for task in case.tasks.values())
+        return statistics.fmean(task(contenders.torch_run(model)) for task in case.tasks.values())
 
     start = time.perf_counter()
     found = qdq.recover(
@@ -267,16 +269,6 @@ def _recovered(case: Case, folder: Path, budget: str) -> Contender:
     made.build_seconds = time.perf_counter() - start
     made.extra["note"] = f"{len(found.rungs)} rungs"
     return made
-
-
-def _torch_run(model: Callable[..., Any]) -> cases.Run:
-    def run(*arrays: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            out = model(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
-        outputs = out if isinstance(out, (tuple, list)) else [out]
-        return [np.asarray(getattr(o, "value", o)) for o in outputs]
-
-    return run
 
 
 def _bars(name: str, rows: dict[str, Row]) -> list[str]:

@@ -106,7 +106,7 @@ class _Scorer:
         self.tokenizer = minilm.load()[1]
         self.head = None
         encode = _encode(case.model)
-        self.reference = measure.outputs(_run(case.model), case.held_out)
+        self.reference = measure.outputs(contenders.torch_run(case.model), case.held_out)
         self.similar = self._similar(encode)
         if archive is not None:
             texts, ratings = reviews.load(archive)
@@ -121,10 +121,10 @@ class _Scorer:
         """Value, difference and interval of each score, and SQNR in dB."""
         encode = _encode(model)
         found: dict[str, Any] = {
-            "SQNR dB": measure.sqnr_db(self.reference, measure.outputs(_run(model), self.case.held_out))
+            "SQNR dB": measure.sqnr_db(self.reference, measure.outputs(contenders.torch_run(model), self.case.held_out))
         }
         for name, (similar, rated) in self._similar(encode).items():
-            statistic = _lee50 if name == "Lee50" else _wordsim
+            statistic = minilm.pearson_of_pairs if name == "Lee50" else minilm.spearman
             found[name] = _compared(statistic, similar, self.similar[name][0], rated)
         if self.head is not None:
             found["sentiment %"] = _compared(_share, self._right(encode), self.right, self.positive)
@@ -165,32 +165,12 @@ def _on(statistic: Callable[..., float], drawn: np.ndarray, values: np.ndarray, 
     return statistic(values[square], rated[square], drawn[:, None] != drawn[None])
 
 
-def _lee50(similar: np.ndarray, rated: np.ndarray, kept: np.ndarray | None = None) -> float:
-    pairs = np.triu(np.ones_like(rated, dtype=bool) if kept is None else kept, 1)
-    return float(np.corrcoef(similar[pairs], rated[pairs])[0, 1])
-
-
-def _wordsim(similar: np.ndarray, rated: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    result: Any = spearmanr(similar, rated)
-    return float(result.statistic)
-
-
 def _share(right: np.ndarray, _rated: np.ndarray) -> float:
     return 100 * float(right.mean())
 
 
-def _run(model: Model) -> cases.Run:
-    def run(*arrays: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [np.asarray(model(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)))]
-
-    return run
-
-
 def _encode(model: Model) -> minilm.Encode:
-    run = _run(model)
+    run = contenders.torch_run(model)
     return lambda ids, mask: run(ids, mask)[0]
 
 

@@ -49,6 +49,18 @@ def onnxruntime_contender(name: str, path: Path) -> Contender:
     return Contender(name, run, _size(path), onnx_path=path)
 
 
+def torch_run(model: Callable[..., Any]) -> Run:
+    """A PyTorch model as the function of arrays that scores and SQNR are taken from."""
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            out = model(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+        outputs = out if isinstance(out, (tuple, list)) else [out]
+        return [np.asarray(getattr(o, "value", o)) for o in outputs]
+
+    return run
+
+
 def export_fp32(case: Case, path: Path) -> Path:
     """The float model as ONNX, written by qdq: what every peer starts from."""
     import qdq

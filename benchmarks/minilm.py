@@ -65,8 +65,12 @@ def calibration_texts(count: int, skipped: int = 0) -> list[str]:
 
 def lee50(encode: Encode, tokenizer: Any) -> float:
     """Pearson correlation of cosine and human similarity over the 1225 pairs of documents."""
-    similar, rated = lee50_similarities(encode, tokenizer)
-    pairs = np.triu_indices(len(rated), 1)
+    return pearson_of_pairs(*lee50_similarities(encode, tokenizer))
+
+
+def pearson_of_pairs(similar: np.ndarray, rated: np.ndarray, kept: np.ndarray | None = None) -> float:
+    """Pearson correlation of two symmetric matrices over their pairs, or those of them that are kept."""
+    pairs = np.triu(np.ones_like(rated, dtype=bool) if kept is None else kept, 1)
     return float(np.corrcoef(similar[pairs], rated[pairs])[0, 1])
 
 
@@ -80,9 +84,14 @@ def lee50_similarities(encode: Encode, tokenizer: Any) -> tuple[np.ndarray, np.n
 
 def wordsim(encode: Encode, tokenizer: Any) -> float:
     """Spearman correlation of cosine and human similarity over 353 pairs of words."""
+    return spearman(*wordsim_similarities(encode, tokenizer))
+
+
+def spearman(similar: np.ndarray, rated: np.ndarray) -> float:
+    """Spearman correlation of two vectors."""
     from scipy.stats import spearmanr
 
-    correlation: Any = spearmanr(*wordsim_similarities(encode, tokenizer))
+    correlation: Any = spearmanr(similar, rated)
     return float(correlation.statistic)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qdq
 from pipeline.helpers import deploy, operations, optimized_graph, quantize, randn
 from qdq import QuantDescriptor, Recipe
-from qdq.graph.place import FEW_PRODUCTS
+from qdq.graph.few_products import REASON
 
 PHOTO = randn(2, 3, 16, 16, seed=1)
 
@@ -40,7 +40,7 @@ def stem(behind: Callable[[Tensor], Tensor], **options: Any) -> nn.Module:
 
 def first_is_quantized(model: nn.Module, **options: Any) -> bool:
     found = qdq.explain(quantize(model, [PHOTO], **options)).find("first.weight")
-    assert found.quantized or FEW_PRODUCTS in found.reason or found.reason.endswith("the recipe keeps it in float")
+    assert found.quantized or REASON in found.reason or found.reason.endswith("the recipe keeps it in float")
     return found.quantized
 
 
@@ -63,7 +63,7 @@ CODES = {
 def test_it_stays_in_float_before_an_operation_in_float(name: str, tmp_path: Path) -> None:
     deployed = deploy(stem(FLOAT[name]), [PHOTO], tmp_path / "model.onnx")
     found = qdq.explain(deployed.qmodel)
-    assert not found.find("first.weight").quantized and FEW_PRODUCTS in found.find("first.weight").reason
+    assert not found.find("first.weight").quantized and REASON in found.find("first.weight").reason
     assert found.find("second.weight").quantized
     assert not found.find("x").quantized
     run = operations(optimized_graph(deployed.path))
@@ -104,7 +104,7 @@ def test_calls_of_one_weight_are_quantized_together() -> None:
 
     found = qdq.explain(quantize(Twice().eval(), [PHOTO]))
     convolutions = [e for e in found if e.role == "activation" and e.operation == "conv2d"]
-    assert len(convolutions) == 3 and all(FEW_PRODUCTS not in entry.reason for entry in convolutions)
+    assert len(convolutions) == 3 and all(REASON not in entry.reason for entry in convolutions)
     assert found.find("x").quantized
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import qdq
 from fixtures.zoo import ZOO
 from pipeline.helpers import Deployed, operations, optimized_graph, quantize, run_file, run_model, sqnr_db
-from qdq.graph.place import FEW_PRODUCTS
+from qdq.graph.few_products import REASON
 
 # Floor between simulation and ONNX Runtime, in dB. Where codes agree, only float rounding is left (about 140); one code
 # that differs by one, because a float operation before it was rounded otherwise, leaves such a network 50 to 100.
@@ -101,7 +101,7 @@ def assert_integers(name: str, model: nn.Module, deployed: Deployed) -> None:
     executed = operations(optimized_graph(deployed.path))
     left = [entry for entry in qdq.explain(deployed.qmodel) if entry.role == "weight" and not entry.quantized]
     in_float = IN_FLOAT.get(name, 0)
-    assert len(left) == in_float and all(FEW_PRODUCTS in entry.reason for entry in left)
+    assert len(left) == in_float and all(REASON in entry.reason for entry in left)
     assert executed["Conv"] + executed["FusedConv"] == in_float, executed
     # A module called twice is two convolutions, so that there may be more of these than modules.
     assert executed["QLinearConv"] >= convolutions(model) - in_float

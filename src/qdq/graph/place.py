@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor, fx
+from torch import fx
 
 from ..errors import RecipeError
 from ..recipe import Recipe, matches
+from . import few_products
 from .ops import (
     Kind,
     clip_bounds,
     data_inputs,
-    groups_of,
     is_float,
     is_split,
     kind_of,
     operation_name,
-    value_of,
     weight_position,
 )
-from .plan import USUAL_BITS, Plan, block_size_of, names_of, names_of_tensor, tail
+from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
 from .targets import Rule, Target
 from .widths import set_widths
 
@@ -56,10 +55,6 @@ _LOCAL = (
 
 # Why an operation between quantizers computes in float.
 WIDE = "it reads or gives codes of 16 bits, which no integer kernel takes"
-# Channels that a convolution of few products reads: of an image.
-FEW_CHANNELS = 4
-# Why an operation that could be computed in integers is not.
-FEW_PRODUCTS = "few products a value between operations in float: integers gain no time (an override quantizes it)"
 
 
 def _bounds(tensor: fx.Node) -> tuple[float, float] | None:
@@ -88,15 +83,16 @@ class _Placement:
             rule = self._rule_for(node, attention)
             if rule is not None:
                 self.rules[node] = rule
-        self.held = self._whole({node for node, rule in self.rules.items() if self._gains_nothing(node, rule)})
+        # What stays in float though the table has a row for it.
+        self.held = few_products.held_in_float(nodes, self.rules, target, recipe)
 
     def run(self) -> Plan:
         held: set[fx.Node] | None = None
         while held != self.held:
             held = self.held
             self._settle()
-            self.held = self._whole({n for n in held if not self.plan.integer.intersection(data_inputs(n))})
-        self.plan.floats.update(dict.fromkeys(self.held, FEW_PRODUCTS))
+            self.held = few_products.reading_no_codes(held, self.plan.integer, self.rules)
+        self.plan.floats.update(dict.fromkeys(self.held, few_products.REASON))
         set_widths(self.plan, self.recipe)
         self._explain_wide()
         self._explain_floats()
@@ -110,51 +106,6 @@ class _Placement:
             for node in self.nodes:
                 if node not in self.held:
                     self._visit(node)
-
-    def _gains_nothing(self, node: fx.Node, rule: Rule) -> bool:
-        """Whether it multiplies little for operations in float, and the recipe asks for none of its codes."""
-        if rule.role != "compute" or not self._multiplies_little(node):
-            return False
-        asked = [self.recipe.for_name(*names_of_tensor(n), node=n.name) for n in (node, tail(node), *data_inputs(node))]
-        if any(override.weights is not None or override.activations is not None for override in asked):
-            return False
-        # A model of such operations alone would not be quantized at all, whatever else the recipe keeps in float.
-        others = any(self._computes_in_integers(n) and not self._multiplies_little(n) for n in self.nodes)
-        return others and self._is_read_in_float(node)
-
-    def _computes_in_integers(self, node: fx.Node) -> bool:
-        rule = self.target.rule(kind_of(node))
-        return rule is not None and rule.role == "compute" and is_float(node)
-
-    def _multiplies_little(self, node: fx.Node) -> bool:
-        rule, where = self.target.rule(kind_of(node)), weight_position(node)
-        if rule is None or not rule.few_products or where is None or groups_of(node) != 1:
-            return False
-        weight: Tensor = value_of(node.args[where[0]])  # type: ignore[arg-type]
-        products = weight.shape[1:].numel()
-        return weight.dim() == 4 and weight.shape[1] <= FEW_CHANNELS and products <= rule.few_products
-
-    def _is_read_in_float(self, tensor: fx.Node) -> bool:
-        """Whether nothing reads codes of a tensor, but for its product with an operation on it (a SiLU)."""
-        for reader in tensor.users:
-            rule = self.rules.get(reader)
-            if kind_of(reader) in (Kind.MOVE, Kind.CLIP):
-                if not self._is_read_in_float(reader):
-                    return False
-            elif reader.op == "output" or (rule is not None and rule.role != "weight"):
-                gates = kind_of(reader) is Kind.MUL and any(n in tensor.users for n in reader.all_input_nodes)
-                if not gates:
-                    return False
-        return True
-
-    def _whole(self, held: set[fx.Node]) -> set[fx.Node]:
-        """Those of which every call of the same weight is among them: a weight has codes or has none."""
-        shared = {self._weight(node) for node in self.rules if node not in held}
-        return {node for node in held if self._weight(node) not in shared}
-
-    def _weight(self, node: fx.Node) -> object:
-        where = weight_position(node)
-        return None if where is None else getattr(node.args[where[0]], "target", None)
 
     def _size(self) -> int:
         plan = self.plan

@@ -15,6 +15,19 @@ Role = Literal["compute", "follow", "weight"]
 
 
 @dataclasses.dataclass(frozen=True)
+class FewProducts:
+    """A convolution of two dimensions, without groups, that multiplies little.
+
+    Attributes:
+        channels: that it reads, at most.
+        products: for a value of its result, at most.
+    """
+
+    channels: int
+    products: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rule:
     """One row of a target's table.
 
@@ -26,8 +39,7 @@ class Rule:
             operations have a quantized weight and compute in float.
         output: whether the runtime needs a quantized output to run the operation in integers.
         shared: whether inputs and output share one quantizer.
-        few_products: a convolution of two dimensions and at most 4 channels, without groups, that multiplies at most so
-            often for a value of its result is no faster in integers where it alone would need codes: it stays in float.
+        few_products: convolutions that are no faster in integers where they alone would need codes: they stay in float.
         note: what the runtime makes of it, in its own words for the operation.
     """
 
@@ -36,7 +48,7 @@ class Rule:
     note: str
     output: bool = False
     shared: bool = False
-    few_products: int = 0
+    few_products: FewProducts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +127,13 @@ ONNXRUNTIME = Target(
     unsigned=True,
     symmetric=False,
     rules=(
-        Rule(Kind.CONVOLUTION, "compute", "QLinearConv; needs a quantized output", output=True, few_products=27),
+        Rule(
+            Kind.CONVOLUTION,
+            "compute",
+            "QLinearConv; needs a quantized output",
+            output=True,
+            few_products=FewProducts(4, 27),
+        ),
         Rule(Kind.TRANSPOSED_CONVOLUTION, "weight", "no integer kernel: computed in float from int8 weights"),
         Rule(Kind.LINEAR, "compute", "QGemm (2-d input) or MatMulIntegerToFloat"),
         Rule(Kind.MATMUL, "compute", "MatMulIntegerToFloat"),
