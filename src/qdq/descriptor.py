@@ -41,8 +41,8 @@ class QuantDescriptor:
         calib_method: "max" or "histogram".
         unsigned: codes from 0.
         narrow_range: leave out the smallest signed code, so that codes are symmetric.
-        block_size: of the weights of linears in `qdq.quantize`: every so many input channels of an output channel have
-            a step size of their own. None for one step size per channel. `TensorQuantizer` does not take it.
+        block_size: of the weights of linears: every so many input channels of an output channel have an amax of their
+            own. With ``axis=0``. None for one amax per channel.
 
     Raises:
         TypeError: ``num_bits``, ``name``, ``axis``, ``amax`` or ``block_size`` of another type; ``learn_amax`` with

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calib.calibrator import reduce_keeping
+from .calib.calibrator import reduce_blocks, reduce_keeping
 from .clip import Clip
 from .descriptor import QuantDescriptor
 from .functional import fake_tensor_quant, scaled_e4m3, tensor_quant
@@ -23,13 +23,15 @@ from .quantizer_settings import QuantizerSettings
 _log = logging.getLogger(__name__)
 
 _BUFFERS = ("_amax", "_pre_quant_scale")
+_BLOCKS_IN_ONNX = "a quantizer with block_size cannot be exported by torch.onnx.export: qdq.export_onnx writes it"
 _NOT_CALIBRATED = "a quantizer without amax cannot be exported to ONNX: calibrate it first"
 
 
 class TensorQuantizer(QuantizerSettings):
     """Quantizes one tensor by a :class:`QuantDescriptor`.
 
-    amax is the descriptor's, else the calibrated one, else that of each input (*dynamic*). The buffer ``_amax`` exists,
+    amax is the descriptor's, else the calibrated one, else that of each input (*dynamic*). With ``block_size`` it has
+    the shape [rows, blocks], and inputs are matrices. The buffer ``_amax`` exists,
     and is in ``state_dict``, once amax is set. ``forward`` runs the stages that are on, in this order: calibrate,
     clip, quantize.
 
@@ -42,7 +44,8 @@ class TensorQuantizer(QuantizerSettings):
 
     Raises:
         ValueError: ``if_clip`` without ``learn_amax``; an amax that is negative, NaN or infinite; a floating-point
-            format without fake quantization.
+            format without fake quantization; ``block_size`` with an ``axis`` other than 0, with a floating-point
+            format or a histogram.
         NotImplementedError: a histogram calibrator with an axis.
     """
 
@@ -190,6 +193,7 @@ class TensorQuantizer(QuantizerSettings):
 
         Raises:
             RuntimeError: calibration is on without a calibrator.
+            ValueError: ``block_size``, and inputs of other than two dimensions.
             AssertionError: inside ``enable_onnx_export()``, where the quantizer cannot be exported.
         """
         if self._enable_onnx_export:
@@ -198,6 +202,11 @@ class TensorQuantizer(QuantizerSettings):
             inputs = inputs * self._pre_quant_scale.detach().to(inputs)
         if self._disabled:
             return inputs
+        if self._block_size is not None and inputs.dim() != 2:
+            raise ValueError(
+                f"block_size={self._block_size} is for matrices, such as the weight of a linear; the quantizer got a "
+                f"tensor of {inputs.dim()} dimensions: set block_size=None in its descriptor"
+            )
         outputs = inputs
         if self._if_calib:
             if self._calibrator is None:
@@ -224,8 +233,12 @@ class TensorQuantizer(QuantizerSettings):
         if isinstance(self._num_bits, tuple):
             return scaled_e4m3(inputs, amax, *self._num_bits)
         if self._fake_quant:
-            return fake_tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
-        outputs, scale = tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+            return fake_tensor_quant(
+                inputs, amax, self._num_bits, self._unsigned, self._narrow_range, block_size=self._block_size
+            )
+        outputs, scale = tensor_quant(
+            inputs, amax, self._num_bits, self._unsigned, self._narrow_range, block_size=self._block_size
+        )
         # An exported program may not change its module.
         if not torch.compiler.is_exporting():
             self._scale = scale
@@ -236,6 +249,7 @@ class TensorQuantizer(QuantizerSettings):
         require(not self._learn_amax, "a quantizer with learn_amax cannot be exported to ONNX: its range is learned")
         amax = self.amax
         require(amax is not None, _NOT_CALIBRATED)
+        require(self._block_size is None, _BLOCKS_IN_ONNX)
         if amax is not None:
             channel_axis(inputs.dim(), sizes_of(amax), self._num_bits, self._unsigned, self._narrow_range)
 
@@ -246,7 +260,8 @@ class TensorQuantizer(QuantizerSettings):
         elif hasattr(self, "_amax"):
             amax = self._amax.detach()
         else:
-            amax = reduce_keeping(inputs, self._axis)
+            blocks = self._block_size
+            amax = reduce_keeping(inputs, self._axis) if blocks is None else reduce_blocks(inputs, blocks)
             self._warn_once_if_not_finite(amax)
         amax = amax.to(inputs.device)
         return amax if self._scale_amax is None else amax * self._scale_amax
@@ -266,6 +281,7 @@ class TensorQuantizer(QuantizerSettings):
     def _check_onnx_readiness(self) -> None:
         amax = self.amax
         require(amax is not None, _NOT_CALIBRATED)
+        require(self._block_size is None, _BLOCKS_IN_ONNX)
         if amax is not None and isinstance(self._num_bits, tuple):
             require(math.prod(sizes_of(amax)) == 1, "E4M3 can only be exported to ONNX with one amax per tensor")
 
@@ -297,6 +313,7 @@ class TensorQuantizer(QuantizerSettings):
         signs = ("unsigned " if self._unsigned else "") + ("narrow " if self._narrow_range else "")
         kind = "fake" if self._fake_quant else "codes"
         where = "per-tensor" if self._axis is None else f"axis={self._axis}"
+        where += "" if self._block_size is None else f" block_size={self._block_size}"
         calibrator = "none" if self._calibrator is None else type(self._calibrator).__name__
         factor = "" if self._scale_amax is None else f"*{self._scale_amax:g}"
         stages = [name for name in ("quant", "clip", "calib") if getattr(self, f"_if_{name}")]

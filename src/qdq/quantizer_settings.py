@@ -10,7 +10,23 @@ from .calib.max import MaxCalibrator
 from .descriptor import QuantDescriptor
 from .formats import E4M3
 
-_CALIBRATORS = {"max": MaxCalibrator, "histogram": HistogramCalibrator}
+
+def _calibrator(desc: QuantDescriptor) -> Calibrator:
+    if desc.calib_method == "histogram":
+        return HistogramCalibrator(desc.num_bits, desc.axis, desc.unsigned)
+    return MaxCalibrator(desc.num_bits, desc.axis, desc.unsigned, block_size=desc.block_size)
+
+
+def _check_blocks(desc: QuantDescriptor) -> None:
+    if desc.block_size is None:
+        return
+    given = f"block_size={desc.block_size}"
+    if desc.axis != 0:
+        raise ValueError(f"{given} cuts the rows of a matrix into blocks: set axis=0, not {desc.axis}")
+    if isinstance(desc.num_bits, tuple):
+        raise ValueError(f"{given} is for integers: with num_bits={desc.num_bits} set block_size=None")
+    if desc.calib_method != "max":
+        raise ValueError(f"{given} is calibrated by the maximum of each block: set calib_method='max'")
 
 
 class QuantizerSettings(nn.Module):
@@ -20,19 +36,16 @@ class QuantizerSettings(nn.Module):
         super().__init__()
         if isinstance(desc.num_bits, tuple) and not desc.fake_quant:
             raise ValueError(f"num_bits={desc.num_bits} needs fake_quant=True: E4M3 codes are only simulated")
-        if desc.block_size is not None:
-            raise ValueError(
-                f"block_size={desc.block_size} is for weights of qdq.quantize: a TensorQuantizer has one amax per "
-                "tensor or per channel; set block_size=None"
-            )
+        _check_blocks(desc)
         self._num_bits = desc.num_bits
         self._fake_quant = desc.fake_quant
         self._axis = desc.axis
+        self._block_size = desc.block_size
         self._scale_amax = desc.scale_amax
         self._learn_amax = desc.learn_amax
         self._unsigned = desc.unsigned
         self._narrow_range = desc.narrow_range
-        self._calibrator: Calibrator | None = _CALIBRATORS[desc.calib_method](desc.num_bits, desc.axis, desc.unsigned)
+        self._calibrator: Calibrator | None = _calibrator(desc)
         self._disabled = disabled
         self._if_quant = if_quant
         self._if_clip = False
@@ -73,6 +86,11 @@ class QuantizerSettings(nn.Module):
     def axis(self) -> int | tuple[int, ...] | None:
         """The axes that keep their own amax."""
         return self._axis
+
+    @property
+    def block_size(self) -> int | None:
+        """So many elements of a row have an amax of their own; None for one of all of them."""
+        return self._block_size
 
     @property
     def fake_quant(self) -> bool:

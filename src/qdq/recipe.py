@@ -40,43 +40,51 @@ class Recipe:
     """How a model is quantized. Every field has the default that suits a deployment on the chosen target.
 
     Attributes:
-        weights: descriptor of weights. `num_bits` 2 to 8 for a deployment (`qdq.quantize` refuses others), 2 to 16 or
-            (4, 3) for modules (`qdq.nn.quantize_modules`); `axis=0` gives every output channel its own amax (whatever
-            axis of the weight holds the output channels), `axis=None` one amax for the tensor. A deployment always uses
-            a signed, narrow range, as runtimes require it of weights.
-            `block_size`, a power of two from 16, gives every so many input channels of a linear's output channel their
-            own step size: such linears take their activations in float. Other layers keep one per output channel.
-        activations: "float" (or the type) leaves them in float, and quantizes weights alone. Else their descriptor:
-            one range per tensor, of 8 or 16 bits for a deployment, and as for weights for modules. Operations that read
+        weights: descriptor of weights; by default 8 bits, one amax per output channel. `num_bits` 2 to 8 for a
+            deployment (`qdq.quantize` refuses others), 2 to 16 or (4, 3) for modules (`qdq.nn.quantize_modules`);
+            `axis=0` gives every output channel its own amax (whatever axis of the weight holds the output channels),
+            `axis=None` one amax for the tensor. A deployment always uses a signed, narrow range, as runtimes require it
+            of weights.
+            `block_size`, a power of two from 16 to 256, gives every so many input channels of a linear's output channel
+            their own step size: such linears take their activations in float. Other layers keep one per output channel.
+        activations: "float" (or the type) leaves them in float, and quantizes weights alone (ONNX Runtime then rounds
+            what linears read to int8 in blocks, which is simulated). Else their descriptor, by default 8 bits: one
+            range per tensor, of 8 or 16 bits for a deployment, and as for weights for modules. Operations that read
             or give 16 bits compute in float between their quantizers. A given `amax` fixes the range to [-amax, amax]
             ([0, amax] if `unsigned`) and that tensor is not calibrated. In a deployment signedness and zero point are
             otherwise the target's choice, made from the data.
-        calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto" lets all of
-            them propose a range for each tensor and takes the one with the least error in the outputs of the layers
-            that read it; where none is clearly better it is "max" for what linears and matrix products read from float
-            operations (the rare, large activations of transformers carry meaning) and "mse" for everything else. What
-            an elementwise function alone reads (a SiLU) gets the range of least squared error of its results. With 16
-            bits "auto" is "max".
-        percentile: for "percentile", the share of values inside the range, in percent.
+        calibration: how a range is found from the data: "max", "percentile", "mse" or "entropy". "auto", the default,
+            lets all of them propose a range for each tensor and takes the one with the least squared error in the
+            outputs of the layers that read it, if that is less than 0.6 of the usual one's. The usual one is "max" for
+            what linears and matrix products read from float operations (the rare, large activations of transformers
+            carry meaning) and "mse" for everything else. A range that several tensors share (a concatenation) is always
+            the usual one. What an elementwise function alone reads (a SiLU) gets the range of least squared error of
+            its results. With 16 bits "auto" is "max".
+        percentile: for "percentile", the share of values inside the range, in percent: in (50, 100].
         weight_calibration: how the amax of a weight is found: "max", or "mse", that of least squared error, searched
-            per channel. "auto" is "max" for weights of 7 and 8 bits; for fewer it is "mse", and, channel by channel,
-            "max" where that leaves clearly less error in the layer's output (for weights that one layer alone reads,
-            and where inputs are known).
+            per channel. "auto", the default, is "max" for weights of 7 and 8 bits; for fewer it is "mse", and, channel
+            by channel, "max" where that leaves less than 0.9 of the squared error in the layer's output (for weights
+            that one layer alone reads, and where inputs are known).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
-            (the keys of `qdq.algorithms.registry.ALGORITHMS`). An empty list leaves it at the ranges.
+            (the keys of `qdq.algorithms.registry.ALGORITHMS`; docs/algorithms.md has their options). By default
+            SmoothQuant and bias correction; an empty list leaves it at the ranges. Names and options are checked where
+            they are applied.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
             "weights", "activations", "calibration". Patterns match module paths and parameter names; "*.head" matches
             a module of that name and everything inside it. A later pattern wins. A pattern that matches nothing
-            is an error when the recipe is applied.
-        exclude: patterns of modules to keep in float; short for overrides with `float`.
-        attention: whether the two products of attention (matrix products of two activations) are quantized. None
-            leaves it to the target.
+            is an error when the recipe is applied. By default there are none.
+        exclude: patterns of modules to keep in float, by default none; short for overrides with `float`.
+        attention: whether the two products of attention (matrix products of two activations) are quantized. None, the
+            default, leaves it to the target, and none of the targets quantizes them.
         reduce_range: weights for x86 processors whose u8 x s8 products saturate at 16 bits (no VNNI): pairs of codes
-            that would are made smaller (onnxruntime), or all weights take 7 bits (openvino). None takes the target's
-            setting; "auto" looks at this machine's processor.
+            that would are made smaller (onnxruntime), or all weights take 7 bits (openvino). None, the default, takes
+            the target's setting: "auto", which looks at this machine's processor, but False for "tensorrt".
         tune: "latency" times operations in the target's runtime on this machine and leaves in float what costs more in
             integers than it saves (target "onnxruntime" alone). `qdq.explain(qmodel).recipe` is the recipe that
-            resulted, with patterns in place of `tune`. None measures nothing.
+            resulted, with patterns in place of `tune`. None, the default, measures nothing.
+
+    Raises:
+        RecipeError: a field holds a value of the wrong kind or out of range; it names the field.
     """
 
     weights: QuantDescriptor = dataclasses.field(default_factory=default_weights)
@@ -168,14 +176,9 @@ class Recipe:
         """Refuses what quantized modules (`qdq.nn`) do not have.
 
         Raises:
-            RecipeError: weights with a `block_size`, or activations "float"; it names the place.
+            RecipeError: activations "float"; it names the place.
         """
         for where, scope in self.scopes():
-            if scope.weights is not None and scope.weights.block_size is not None:
-                raise RecipeError(
-                    f"{where}weights.block_size={scope.weights.block_size} is for qdq.quantize: modules have one amax "
-                    "per tensor or per channel"
-                )
             if scope.activations == "float":
                 raise RecipeError(
                     f'{where}activations="float" is for qdq.quantize: in modules, disable() the input quantizers'

@@ -89,6 +89,16 @@ def reduce_keeping(x: Tensor, axis: int | tuple[int, ...] | list[int] | None) ->
     return reduce_amax(x, tuple(i for i in range(x.dim()) if i not in kept))
 
 
+def reduce_blocks(x: Tensor, block_size: int) -> Tensor:
+    """The largest absolute value of every `block_size` elements of the last axis, of which the last block may be short.
+
+    Shape `x.shape[:-1] + (ceil(n / block_size),)`, no gradient. NaN propagates.
+    """
+    rows = x.detach().abs()
+    short = -rows.shape[-1] % block_size
+    return torch.nn.functional.pad(rows, (0, short)).unflatten(-1, (-1, block_size)).amax(-1)
+
+
 def normalize_axes(axis: int | tuple[int, ...] | list[int], rank: int) -> tuple[int, ...]:
     """``axis`` as a tuple of distinct axes in ``[0, rank)``.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calibrator import Calibrator, reduce_keeping
+from .calibrator import Calibrator, reduce_blocks, reduce_keeping
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class MaxCalibrator(Calibrator):
         axis: the axes that keep their own amax; negative ones count from the end.
         unsigned: codes from 0.
         track_amax: keep the amax of every batch in :attr:`amaxs`.
+        block_size: so many elements of the last axis have an amax of their own; all other axes keep theirs.
     """
 
     def __init__(
@@ -30,9 +31,12 @@ class MaxCalibrator(Calibrator):
         axis: int | tuple[int, ...] | None = None,
         unsigned: bool = False,
         track_amax: bool = False,
+        *,
+        block_size: int | None = None,
     ) -> None:
         super().__init__(num_bits, axis, unsigned)
         self._track_amax = track_amax
+        self._block_size = block_size
         self._amaxs: list[np.ndarray] = []
         self._calib_amax: Tensor | None = None
 
@@ -51,7 +55,9 @@ class MaxCalibrator(Calibrator):
         """
         if x.numel() == 0:
             return
-        local = reduce_keeping(x if x.is_floating_point() else x.to(torch.float32), self._axis)
+        values = x if x.is_floating_point() else x.to(torch.float32)
+        blocks = self._block_size
+        local = reduce_keeping(values, self._axis) if blocks is None else reduce_blocks(values, blocks)
         if self._unsigned and _log.isEnabledFor(logging.DEBUG) and bool((x < 0).any()):
             _log.debug("negative values in the calibration data of an unsigned quantizer")
         seen = self._calib_amax

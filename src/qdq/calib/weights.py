@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +47,8 @@ def calibrate_weights(
         model: with quantized modules.
         method: "max"; "mse", the least squared error; or "percentile".
         perchannel: one amax for each index of the quantizer's own axis, dimensions kept; where it has none, of axis 0,
-            in transposed convolutions axis 1. False: one for the weight, 0-d. An amax of the other kind is replaced.
+            in transposed convolutions axis 1; with a `block_size` one for each block. False: one for the weight, 0-d.
+            An amax of the other kind is replaced.
         percentile: for "percentile", in per cent.
         num_bins: bins of each histogram.
 
@@ -68,7 +71,12 @@ def calibrate_weights(
             if weight.numel() == 0 or not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"{f'{path}.{name}'.lstrip('.')} is empty or holds NaN or infinite values")
             axes = _axes(module, weight, quantizer) if perchannel else ()
-            found.append((quantizer, search.amax(weight.detach(), axes, quantizer.num_bits, quantizer.unsigned)))
+            blocks = getattr(quantizer, "block_size", None) if perchannel else None
+            of_part = functools.partial(search.amax, num_bits=quantizer.num_bits, unsigned=quantizer.unsigned)
+            if blocks is None:
+                found.append((quantizer, of_part(weight.detach(), axes)))
+            else:
+                found.append((quantizer, _of_blocks(weight.detach(), blocks, of_part)))
     for quantizer, amax in found:
         _set_amax(quantizer, amax)
     if not found:
@@ -79,6 +87,15 @@ def _axes(module: nn.Module, weight: Tensor, quantizer: Any) -> tuple[int, ...]:
     if quantizer.axis is not None:
         return normalize_axes(quantizer.axis, weight.dim())
     return (1,) if isinstance(module, _ConvTransposeNd) else (0,)
+
+
+def _of_blocks(weight: Tensor, block_size: int, amax: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+    """[rows, blocks]; the last block may be short, and is searched by itself: zeros would be counted."""
+    rows, whole = weight.shape[0], weight.shape[1] // block_size * block_size
+    parts = [amax(weight[:, :whole].unflatten(1, (-1, block_size)), (0, 1))] if whole else []
+    if whole < weight.shape[1]:
+        parts.append(amax(weight[:, whole:], (0,)))
+    return torch.cat([part.reshape(rows, -1) for part in parts], 1)
 
 
 class _Search:

@@ -26,34 +26,52 @@ class CodedConstant:
     Attributes:
         name: of its quantizer.
         codes: int8, uint8 or float8_e4m3fn.
-        step_size: float32, of the rank of the codes, 1 where they share it.
+        step_size: float32, of the rank of the codes, 1 where they share it; with blocks [rows, blocks].
         origin: path of the `TensorQuantizer`.
+        block_size: so many codes of a row of a matrix share a step size.
+        stored_bits: 4 where a file may pack two codes into a byte.
     """
 
     name: str
     codes: Tensor
     step_size: Tensor
     origin: str
+    block_size: int | None = None
+    stored_bits: int = 8
 
     @property
     def axis(self) -> int | None:
-        """The one axis along which step sizes differ, None where there is one step size."""
+        """The one axis along which step sizes differ, None where there is one step size; with blocks, of the rows."""
+        if self.block_size is not None:
+            return 0
         axes = [i for i, size in enumerate(self.step_size.shape) if size != 1]
         return axes[0] if axes else None
 
     @property
     def value(self) -> Tensor:
         """The dequantized constant, float32."""
-        return self.codes.float() * self.step_size
+        step = self.step_size
+        if self.block_size is not None:
+            step = step.repeat_interleave(self.block_size, 1)[:, : self.codes.shape[1]]
+        return self.codes.float() * step
 
     @property
     def steps(self) -> Tensor:
-        """The step sizes as ONNX takes them: of shape [channels], or 0-d."""
+        """The step sizes as ONNX takes them: of shape [channels], [rows, blocks], or 0-d."""
+        if self.block_size is not None:
+            return self.step_size
         return self.step_size.reshape(() if self.axis is None else (-1,))
 
 
 def encode(
-    name: str, origin: str, value: Tensor, amax: Tensor, num_bits: int | None, unsigned: bool, narrow_range: bool
+    name: str,
+    origin: str,
+    value: Tensor,
+    amax: Tensor,
+    num_bits: int | None,
+    unsigned: bool,
+    narrow_range: bool,
+    block_size: int | None = None,
 ) -> CodedConstant:
     """The codes that `fake_tensor_quant` (`num_bits` of at most 8) or `scaled_e4m3` (None) gives a constant."""
     sizes = list(amax.shape) if amax.numel() > 1 else []
@@ -64,9 +82,12 @@ def encode(
         codes = (value.float() / step).clamp(-E4M3.max_value, E4M3.max_value).to(torch.float8_e4m3fn)
         return CodedConstant(name, codes, step, origin)
     fmt = IntFormat(num_bits, unsigned, narrow_range)
-    codes = symmetric_quantize(value.float(), amax, fmt)[0]
+    codes = symmetric_quantize(value.float(), amax, fmt, block_size)[0]
     dtype = torch.uint8 if float(codes.max() if codes.numel() else 0) > 127 else torch.int8
-    return CodedConstant(name, codes.to(dtype), tiny / torch.full_like(tiny, max(fmt.bound, 1)), origin)
+    step = tiny / torch.full_like(tiny, max(fmt.bound, 1))
+    if block_size is None or amax.numel() == 1:
+        return CodedConstant(name, codes.to(dtype), step, origin)
+    return CodedConstant(name, codes.to(dtype), step, origin, block_size, 4 if num_bits + unsigned <= 4 else 8)
 
 
 def requantized(constant: CodedConstant, step_size: Tensor) -> CodedConstant:
@@ -86,6 +107,8 @@ def moved(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         return parts[int(str(node.args[1]))] if isinstance(parts, list) else None
     first = known[sources[0]]
     if any(isinstance(known[n], list) or known[n].codes.dtype != first.codes.dtype for n in sources):
+        return None
+    if any(known[n].block_size is not None for n in sources):
         return None
     codes = _run(node, {n: known[n].codes.contiguous().view(torch.int8) for n in sources})
     steps = _run(node, {n: known[n].step_size.expand(known[n].codes.shape).contiguous() for n in sources})

@@ -20,7 +20,18 @@ from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BIAS_CODE_LIMIT
 from ..errors import ExportError
 from ..graph.fold import evaluate
-from ..graph.ops import WEIGHTED, Kind, clip_bounds, data_inputs, is_constant, is_depthwise, is_split, kind_of, rank_of
+from ..graph.ops import (
+    WEIGHTED,
+    Kind,
+    clip_bounds,
+    data_inputs,
+    is_constant,
+    is_depthwise,
+    is_split,
+    kind_of,
+    operation_name,
+    rank_of,
+)
 from ..graph.targets import Target
 from ..saturation import pair_safe_factor, shrink_pairs
 from .coded_constants import CodedConstant, requantized
@@ -227,7 +238,7 @@ def _integer_layer(
     weight, source = coded.get(node.args[1]), _quantizer_of(graph_module, node.args[0])  # type: ignore[arg-type]
     if not isinstance(weight, CodedConstant) or source is None or weight.codes.dtype.is_floating_point:
         return None
-    if weight.axis not in (None, 0):
+    if weight.axis not in (None, 0) or weight.block_size is not None:
         return None
     rule = target.rule(kind)
     needs_output = rule is not None and rule.output
@@ -296,9 +307,14 @@ def _store_bias(graph_module: fx.GraphModule, layer: _Layer, names: set[str]) ->
 def _check_axis(reader: fx.Node, node: fx.Node, weight: CodedConstant) -> None:
     """Raises:
     ExportError: a layer's weight has its step sizes along another axis than the outputs, where runtimes fail or
-        compute something else.
+        compute something else; or blocks, and no linear reads it.
     """
     kind, axis = kind_of(reader), weight.axis
+    if weight.block_size is not None and not (kind is Kind.LINEAR and reader.args[1] is node):
+        raise ExportError(
+            f"the quantizer {weight.origin!r} has block_size={weight.block_size}, and what it quantizes is read by "
+            f"{operation_name(reader)}: files have blocks in weights of linears alone; set block_size=None"
+        )
     if axis is None or len(reader.args) < 2 or reader.args[1] is not node:
         return
     outputs = {Kind.CONVOLUTION: 0, Kind.LINEAR: 0, Kind.MATMUL: rank_of(node) - 1}.get(kind, axis)
@@ -335,7 +351,14 @@ def _free(name: str, names: set[str]) -> str:
 
 
 def _store(graph_module: fx.GraphModule, constant: CodedConstant, node: fx.Node, names: set[str]) -> fx.Node:
-    dequantizer = ConstantDequantizer(_free(constant.name, names), constant.codes, constant.steps, constant.axis)
+    dequantizer = ConstantDequantizer(
+        _free(constant.name, names),
+        constant.codes,
+        constant.steps,
+        constant.axis,
+        constant.block_size,
+        constant.stored_bits,
+    )
     with graph_module.graph.inserting_before(node):
         call = graph_module.graph.call_module(add_module(graph_module, dequantizer), ())
     call.meta = {**node.meta, "qdq_constant": True}

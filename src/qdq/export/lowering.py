@@ -95,7 +95,7 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
             )
             _lower_constant(lowered, node, constant, weights, target)
         elif isinstance(module, ConstantDequantizer):
-            _lower_constant(lowered, node, module, weights)
+            _lower_constant(lowered, node, module, weights, target if module.block_size else None, exact=True)
     if target is not None and target.integer_bias and by_recipe:
         for node in list(lowered.graph.nodes):
             _keep_float_bias(lowered, node)
@@ -127,13 +127,19 @@ def _lower_bias(lowered: fx.GraphModule, node: fx.Node, module: BiasQuantizer) -
 
 
 def _lower_constant(
-    lowered: fx.GraphModule, node: fx.Node, constant: ConstantDequantizer, known: _Known, target: Target | None = None
+    lowered: fx.GraphModule,
+    node: fx.Node,
+    constant: ConstantDequantizer,
+    known: _Known,
+    target: Target | None = None,
+    exact: bool = False,
 ) -> None:
     """Puts a constant before each of its readers, in the form that the reader takes.
 
     Args:
-        target: given for weights of `qdq.quantize`: linears with float activations are then stored as the matrix
-            products that runtimes compute from few bits.
+        target: given for weights of `qdq.quantize`, and for blocks: linears with float activations, or with blocks, are
+            then stored as the matrix products that runtimes compute from few bits.
+        exact: the runtime must not round what these products read: quantized modules do that themselves, or not at all.
     """
     readers = list(node.users)
     for reader in readers:
@@ -143,15 +149,16 @@ def _lower_constant(
             table = QuantizedEmbedding(constant.codes, constant.step_size)
             _replace_by_module(lowered, reader, table, (reader.args[1],))
             continue
-        weight_only = target is not None and bool(reader.meta.get(WEIGHT_ONLY))
+        weight_only = target is not None and (exact or bool(reader.meta.get(WEIGHT_ONLY)))
         used = constant
         if kind is Kind.LINEAR and reader.args[1] is node and (rank_of(reader) != 2 or weight_only):
             reader, used = _linear_as_matmul(lowered, reader), constant.transposed()
-        if target is not None and weight_only and _is_packed(lowered, reader, target, len(readers) > 1):
+        shared = exact or len(readers) > 1
+        if target is not None and weight_only and _is_packed(lowered, reader, target, shared):
             packed = (constant.name, "packed")
             if packed not in known:
                 block = used.block_size or target.rounds_inputs or 32
-                module = PackedMatMul(used, block, 1 if target.rounds_inputs is None else 4)
+                module = PackedMatMul(used, block, 1 if exact or target.rounds_inputs is None else 4)
                 known[packed] = add_module(lowered, module)
             _replace_by_call(lowered, reader, known[packed], (reader.args[0],))
             continue

@@ -22,6 +22,8 @@ from ..quantizer import TensorQuantizer
 from .coded_constants import CodedConstant, encode, moved
 from .norm_folding import fold_norms
 
+# What MatMulNBits takes.
+PACKED_BLOCKS = (16, 32, 64, 128, 256)
 _QUANTIZE = (FAKE_TENSOR_QUANT, SCALED_E4M3)
 
 
@@ -173,14 +175,22 @@ class _Conversion:
         """The codes of a weight."""
         path = path_of(node)
         value, amax = (evaluate(self.graph_module, a) for a in node.args[:2])  # type: ignore[arg-type]
-        _check_axes(path, amax)
+        block_size = _block_size(node)
+        if block_size is None:
+            _check_axes(path, amax)
         if node.target is SCALED_E4M3:
             self._check_e4m3(path, amax)
             return encode(self._name(path), path, value, amax, None, False, False)
         num_bits, unsigned, narrow_range = node.args[2:5]
         if not 2 <= num_bits <= 8:  # type: ignore[operator]
             raise ExportError(f"the quantizer {path!r} has {num_bits} bits: weights are stored with 2 to 8")
-        constant = encode(self._name(path), path, value, amax, int(num_bits), bool(unsigned), bool(narrow_range))  # type: ignore[arg-type]
+        if block_size is not None and self.target.rounds_inputs is not None and block_size not in PACKED_BLOCKS:
+            raise ExportError(
+                f"the quantizer {path!r} has block_size={block_size}, and {self.target.name} computes with blocks of "
+                f"{', '.join(map(str, PACKED_BLOCKS))}"
+            )
+        codes = int(num_bits), bool(unsigned), bool(narrow_range)  # type: ignore[arg-type]
+        constant = encode(self._name(path), path, value, amax, *codes, block_size)
         if constant.codes.dtype == torch.uint8 and not self.target.unsigned:
             raise ExportError(
                 f"the quantizer {path!r} is unsigned, and {self.target.name} takes signed weights: set unsigned=False"
@@ -191,6 +201,11 @@ class _Conversion:
         """Replaces a quantizer of an activation by a module; calls that agree in input and range share one."""
         path, source = path_of(node), node.args[0]
         assert isinstance(source, fx.Node)
+        if _block_size(node) is not None:
+            raise ExportError(
+                f"the quantizer {path!r} has block_size={_block_size(node)}, which files have for weights alone: set "
+                "block_size=None"
+            )
         amax = self._amax(node)
         key = (source, node.target, tuple(amax.shape), tuple(amax.flatten().tolist()), *node.args[2:])
         call = self.known.get(key)
@@ -262,6 +277,12 @@ class _Conversion:
         free = name_for(path, lambda name: name in self.names or has_path(self.graph_module, name))
         self.names.add(free)
         return free
+
+
+def _block_size(node: fx.Node) -> int | None:
+    """Of a quantizer whose blocks have an amax each."""
+    given = node.args[5] if node.target is FAKE_TENSOR_QUANT and len(node.args) > 5 else None
+    return None if given is None else int(given)  # type: ignore[arg-type]
 
 
 def clips_codes(target: Target) -> bool:

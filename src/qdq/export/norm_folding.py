@@ -80,6 +80,8 @@ def _fold(graph_module: fx.GraphModule, norm: fx.Node, coded: dict[fx.Node, Any]
 def _scaled(weight: CodedConstant, factor: Tensor, layer: fx.Node) -> CodedConstant | None:
     """The weight of factor times the outputs; None where codes cannot express it."""
     transposed = kind_of(layer) is Kind.TRANSPOSED_CONVOLUTION
+    if weight.block_size is not None:
+        return None
     axis = 1 if transposed else 0
     groups = layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
     if (transposed and groups != 1) or weight.axis not in (None, axis) or weight.codes.dtype == torch.uint8:

@@ -62,9 +62,9 @@ def calibrating(
     with `learn_amax` start their range there. After an exception in the block, or an error at its end, no amax is
     changed.
 
-    Quantizers with an axis (weights, mostly) always take the maximum of each channel, as histograms are per tensor; for
-    another method see :func:`qdq.calib.calibrate_weights`. Disabled quantizers stay disabled, and those without a
-    calibrator keep their amax, which a recipe has fixed.
+    Quantizers with an axis (weights, mostly) always take the maximum of each channel or block, as histograms are per
+    tensor; for another method see :func:`qdq.calib.calibrate_weights`. Disabled quantizers stay disabled, and those
+    without a calibrator keep their amax, which a recipe has fixed.
 
     Args:
         model: with quantized modules, see :func:`qdq.nn.quantize_modules`.
@@ -142,7 +142,9 @@ def _recorders(
     recorders = {}
     for name, quantizer in wanted.items():
         if method == "max" or quantizer.axis is not None:
-            inner: Calibrator = MaxCalibrator(quantizer.num_bits, quantizer.axis, quantizer.unsigned)
+            inner: Calibrator = MaxCalibrator(
+                quantizer.num_bits, quantizer.axis, quantizer.unsigned, block_size=quantizer.block_size
+            )
             arguments: dict[str, Any] = {}
         else:
             inner = HistogramCalibrator(quantizer.num_bits, None, quantizer.unsigned, num_bins)

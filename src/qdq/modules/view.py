@@ -12,6 +12,7 @@ from ..affine_quantizer import AffineQuantizer
 from ..algorithms.float_values import Observer, observe_float_values
 from ..algorithms.layer import Layer, layers_of
 from ..batches import Inputs, signature_of
+from ..calib.calibrator import reduce_blocks
 from ..calibration import activation_quantizers
 from ..constant_quantizers import WeightQuantizer
 from ..errors import CalibrationError
@@ -127,7 +128,7 @@ class ModuleView:
             most = most * layer.quantizer.bound
             # A range that follows the weight would follow the codes.
             if stepped or (layer.weight in changed and self._quantizers[path].amax is None):
-                ranges[path] = most
+                ranges[path] = most if layer.quantizer.block_size is None else step * layer.quantizer.bound
             narrow = self._quantizers[path]._narrow_range
             if not narrow and (stepped or layer.weight in changed):
                 # The most negative code of a quantizer without narrow_range is none of the graph's.
@@ -212,11 +213,21 @@ class ModuleView:
             name = self._free(path)
             return self._add(UnchangedWeightQuantizer(name, node.target, amax, tuple(node.args[2:])), path)  # type: ignore[arg-type]
         weight = tensor_at(self.graph_module, str(node.args[0].target))  # type: ignore[union-attr]
-        axis = _axes(amax, weight.dim())
+        block = _block_size(node, amax)
+        axis = _axes(amax, weight.dim()) if block is None else [0]
         channels = weight.shape[axis[0]] if axis else 1
-        quantizer = WeightQuantizer(self._free(path), int(node.args[2]), axis[0] if axis else None, channels)  # type: ignore[arg-type]
-        quantizer = quantizer.to(amax.device)
-        largest = weight.abs().amax([d for d in range(weight.dim()) if d not in axis]) if weight.numel() else amax
+        quantizer = WeightQuantizer(
+            self._free(path),
+            int(node.args[2]),  # type: ignore[arg-type]
+            axis[0] if axis else None,
+            channels,
+            block_size=block,
+            inputs=weight.shape[-1],
+        ).to(amax.device)
+        if block is not None:
+            largest = reduce_blocks(weight, block)
+        else:
+            largest = weight.abs().amax([d for d in range(weight.dim()) if d not in axis]) if weight.numel() else amax
         self._smaller += bool((amax.flatten() < 0.999 * largest.flatten()).any())
         step = amax.clamp(min=TINY_AMAX) / quantizer.bound
         quantizer.step_size.copy_(step.reshape(quantizer.step_size.shape))
@@ -245,6 +256,8 @@ class ModuleView:
             return "it is E4M3"
         if node.args[3] or not 2 <= int(node.args[2]) <= 8:  # type: ignore[arg-type]
             return "it is unsigned" if node.args[3] else f"it has {node.args[2]} bits, and algorithms take 2 to 8"
+        if _block_size(node, amax) is not None:
+            return None if kind is Kind.LINEAR else "it has blocks, and is not of a linear"
         output = 1 if kind is Kind.TRANSPOSED_CONVOLUTION else 0
         if _axes(amax, rank_of(source)) not in ([], [output]):
             return "its amax is neither one nor one per output channel"
@@ -313,6 +326,12 @@ def _check_ranges(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> None:
         raise CalibrationError(
             f"quantizers {'; '.join(problems)}. Calibrate the model (qdq.calibrating), or disable() these quantizers"
         )
+
+
+def _block_size(node: fx.Node, amax: Tensor) -> int | None:
+    """Of a quantizer whose blocks have an amax each."""
+    given = node.args[5] if node.target is FAKE_TENSOR_QUANT and len(node.args) > 5 else None
+    return None if given is None or amax.dim() != 2 else int(given)  # type: ignore[arg-type]
 
 
 def _axes(amax: Tensor, rank: int) -> list[int]:

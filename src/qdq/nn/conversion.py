@@ -75,7 +75,16 @@ _FUSED_PATHS = (
 )
 _SAVED = "_before_quantization_"
 _OWN_QUANTIZER = re.compile(r"_\w+_quantizers?")
-_UNUSED_FIELDS = ("calibration", "percentile", "weight_calibration", "reduce_range")
+# Fields of a recipe without a meaning here, and what takes their place.
+_CALIBRATING = "qdq.calibrating(model, method=...) and qdq.calib.calibrate_weights take a method"
+_UNUSED_FIELDS = {
+    "calibration": _CALIBRATING,
+    "percentile": _CALIBRATING,
+    "weight_calibration": _CALIBRATING,
+    "algorithms": "qdq.improve_modules runs algorithms on a calibrated model",
+    "reduce_range": "qdq.export_onnx decides by its target",
+    "tune": "tuning is for qdq.quantize",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +116,12 @@ def quantize_modules(model: M, recipe: Recipe | None = None) -> M:
     Args:
         model: any module; it may itself be, say, a Linear.
         recipe: its `weights` and `activations` are the descriptors, where `axis=0` of weights means their output
-            channels; `overrides` and `exclude` are matched with module paths and parameter names (an attention module
-            is one unit); `attention=False` leaves the products of attention in float. Where activations have an
-            `amax`, it is kept, and the quantizers have no calibrator. The fields about calibration and runtimes have no
-            meaning here, which a log line says where they are set: `qdq.calibrating` takes a method. None takes the
-            default descriptors of the quantized classes (`QuantLinear.set_default_quant_desc_input`, ...).
+            channels, and `block_size` is for those of Linear alone; `overrides` and `exclude` are matched with module
+            paths and parameter names (an attention module is one unit); `attention=False` leaves the products of
+            attention in float. Where activations have an `amax`, it is kept, and the quantizers have no calibrator. The
+            fields about calibration, algorithms and runtimes have no meaning here, which a log line says where they are
+            set: `qdq.calibrating` takes a method, `qdq.improve_modules` runs algorithms. None takes the default
+            descriptors of the quantized classes (`QuantLinear.set_default_quant_desc_input`, ...).
 
     Returns:
         `model`, ready for `qdq.calibrating`.
@@ -226,14 +236,14 @@ def _plan(model: nn.Module, recipe: Recipe | None) -> tuple[list[_Change], list[
 
 def _tell_of_unused_fields(recipe: Recipe) -> None:
     default = Recipe()
-    unused = [name for name in _UNUSED_FIELDS if getattr(recipe, name) != getattr(default, name)]
+    unused = {n: hint for n, hint in _UNUSED_FIELDS.items() if getattr(recipe, n) != getattr(default, n)}
     if any(override.calibration is not None for override in recipe.overrides.values()):
-        unused.append("calibration of overrides")
+        unused["calibration of overrides"] = _CALIBRATING
     if unused:
         _log.warning(
-            "quantize_modules does not use these fields of the recipe: %s; qdq.calibrating(model, method=...) and "
-            "qdq.calib.calibrate_weights take a method",
+            "quantize_modules does not use these fields of the recipe: %s; %s",
             ", ".join(unused),
+            "; ".join(dict.fromkeys(unused.values())),
         )
 
 
@@ -274,6 +284,9 @@ def _descriptors(
         found.append(activations or quantized.default_quant_desc_input)
     if hasattr(quantized, "default_quant_desc_weight"):
         default = quantized.default_quant_desc_weight
+        if weights is not None and weights.block_size is not None and not issubclass(quantized, QuantLinear):
+            whole: dict[str, Any] = {**weights.dict(), "block_size": None}
+            weights = QuantDescriptor(**whole)
         if weights is not None and weights.axis is not None and issubclass(quantized, _ConvTransposeNd):
             fields: dict[str, Any] = {**weights.dict(), "axis": 1}  # where its output channels are
             weights = QuantDescriptor(**fields)
