@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qdq
 from algorithms.scaled_nets import (
@@ -208,3 +208,26 @@ def test_large_activation_channels_gain() -> None:
     before = sqnr_db(model, quantized(model, batches, plain(calibration="max")), held_out)
     better = quantized(model, batches, plain(calibration="max", algorithms=["smoothquant"]))
     assert sqnr_db(model, better, held_out) > before + 10
+
+
+def test_maxima_of_few_vectors_do_not_mislead() -> None:
+    """Channels made alike have a largest value that many of them may exceed: of few vectors too small a range follows.
+
+    Without a trial on other vectors this model lost 7 dB.
+    """
+
+    class Unequal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 96), nn.Linear(96, 64)
+            self.head = nn.Linear(64, 16, bias=False)
+            self.norm.weight.data[::9] *= 40
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.down(torch.relu(self.up(self.norm(x)))))
+
+    model = built(Unequal, norms=False)
+    batches, held_out = [randn(32, 64, seed=i) for i in range(6)], [randn(256, 64, seed=99)]
+    before = sqnr_db(model, quantized(model, batches, plain(calibration="max")), held_out)
+    after = quantized(model, batches, plain(calibration="max", algorithms=["smoothquant"]))
+    assert sqnr_db(model, after, held_out) > before - 0.5

@@ -26,6 +26,7 @@ class Reading:
         weight: float64, before it is multiplied.
         values: of the tensor, before they are divided.
         factors: [input channels], what the values are divided by and the weight is multiplied by.
+        trial: whether factors and range are to be tried on vectors that they were not made from.
     """
 
     graph_module: fx.GraphModule
@@ -34,6 +35,7 @@ class Reading:
     weight: Tensor
     values: InputValues
     factors: Tensor
+    trial: bool = False
 
     def error(self) -> float:
         """Squared error of the results over their squares."""
@@ -53,8 +55,9 @@ class Reading:
         if not isinstance(module, AffineQuantizer):
             return rows
         module = copy.deepcopy(module)
-        factors = self.factors.to(self.values.low.device)
-        module.set_range(float((self.values.low / factors).min()), float((self.values.high / factors).max()))
+        low, high = self.values.others if self.trial else (self.values.low, self.values.high)
+        factors = self.factors.to(low.device)
+        module.set_range(float((low / factors).min()), float((high / factors).max()))
         return module(rows)
 
 
