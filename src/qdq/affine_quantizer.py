@@ -54,7 +54,7 @@ class AffineQuantizer(nn.Module):
         self.enabled = True
         self.calibrated = False
         self.fixed = False
-        self.register_buffer("step_size", torch.tensor(math.nan))
+        self.register_buffer("step_size", torch.tensor(math.nan, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .algorithms.registry import algorithms_of
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
 from .batches import Batches, Inputs, signature_of
@@ -35,11 +36,12 @@ from .graph.explanation import Explanation
 from .graph.fold import fold
 from .graph.insert import insert
 from .graph.parameters import device_of
-from .graph.place import place
-from .graph.record import KEY, Record, record_of
+from .graph.place import check_patterns, place
+from .graph.record import KEY, Record, has_record, record_of
 from .graph.targets import ONNXRUNTIME, Target, check_activation_bits, find_target, reduces_range
 from .improvement import improve
 from .kept_memory import freed_memory_kept
+from .modes import plain_modes
 from .progress import track
 from .quiet import pytorch_internals
 from .recipe import Recipe
@@ -50,6 +52,7 @@ logger = logging.getLogger("qdq.api")
 
 
 @freed_memory_kept()
+@plain_modes()
 def quantize(
     model: nn.Module,
     batches: Any,
@@ -68,10 +71,11 @@ def quantize(
         batches: calibration data: an iterable of tensors, tuples (positional arguments) or dicts (keyword arguments),
             or a callable that takes a model and runs it. A tuple's items beyond the parameters of `forward` (a label)
             are dropped; `((a, b), label)` and `({...}, label)` are unwrapped; where `forward` could take a batch in two
-            ways, the one that the model runs on is meant. One pass is made. Or the `Statistics` of an earlier
-            calibration of the same model (`qdq.calib.load`), for another recipe, target or number of bits without the
-            data.
-        target: "onnxruntime", "openvino", "tensorrt", or a `Target`.
+            ways, the one that the model runs on is meant. One pass is made. A callable is called twice, the first time
+            for its first batch alone, unless `example_inputs` are given: one that goes through a generator made outside
+            of it loses that batch without them. Or the `Statistics` of an earlier calibration of the same model
+            (`qdq.calib.load`), for another recipe, target or number of bits without the data.
+        target: "onnxruntime", "openvino", "tensorrt", or a `Target`: one of `qdq.graph.targets` with other fields.
         recipe: None is `Recipe()`.
         example_inputs: what the model is captured with, like one batch; None takes the first batch.
         progress: whether progress bars are shown (on a terminal).
@@ -86,8 +90,12 @@ def quantize(
         CaptureError: `torch.export` cannot capture the model, or a parameter of it holds NaN.
         DataError: no data, data of the wrong shape or with NaN, or data that the model fails on; statistics of another
             model, or whose inputs the captured graph does not take.
-        RecipeError: unknown target, a pattern of the recipe that matches nothing, or bits that no target has.
-        CalibrationError: a quantizer saw no data.
+        RecipeError: an unknown target, algorithm or option of one, a pattern of the recipe that matches nothing, bits
+            that the target does not take, overrides that ask for different codes of one weight, or `tune` for another
+            target than "onnxruntime".
+        CalibrationError: a quantizer saw no data, or the data leave GPTQ's Hessian singular.
+        RuntimeMissingError: the recipe has `tune`, and the extra `onnx` is not installed.
+        QdqError: model is no module, or was returned by `quantize` itself. All of these derive from it.
     """
     target = find_target(target)
     recipe = Recipe() if recipe is None else recipe
@@ -96,8 +104,9 @@ def quantize(
     recipe.check_deployable()
     check_activation_bits(target, recipe)
     check_tunable(recipe, target)
+    algorithms = algorithms_of(recipe.algorithms)
     _check_model(model)
-    if KEY in getattr(model, "meta", {}):
+    if has_record(model):
         raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")
     signature = signature_of(model.forward)
     runs = runs_on(model)
@@ -118,6 +127,9 @@ def quantize(
     graph_module = fold(capture(model, *example, dynamic_shapes=dynamic_shapes))
     contract = InputContract(graph_module.graph, signature, example)
     contract.try_parts(graph_module, example)
+    check_patterns(graph_module.graph, recipe, dict(model.named_modules(remove_duplicate=False)))
+    for algorithm in algorithms:
+        algorithm.check(graph_module.graph)
     captured = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     graph_module = _with_quantizers(graph_module, contract, target, recipe)
     known = isinstance(data, Statistics)
@@ -135,6 +147,7 @@ def quantize(
     return graph_module
 
 
+@plain_modes()
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -145,7 +158,9 @@ def export_onnx(
 ) -> Path:
     """Writes a quantized model as a Q/DQ ONNX file, or a float model as a float ONNX file.
 
-    Weights are stored as integers with DequantizeLinear. The file is checked and put in place at once.
+    Weights are stored as integers with DequantizeLinear. Linears that `quantize` has left to compute from float
+    activations are stored as MatMulNBits of com.microsoft for "onnxruntime" (docs/recipes.md, "Weights of few bits in
+    files"). The file is checked and put in place at once.
 
     Of a model with `TensorQuantizer`s (`qdq.nn`) the file computes what the model does in eval mode, whose values and
     mode are not changed: each quantizer that is on becomes QuantizeLinear and DequantizeLinear. For "onnxruntime"
@@ -172,7 +187,7 @@ def export_onnx(
     check_writable(path)
     _check_model(model)
     metadata = {"producer": "qdq"}
-    if KEY not in getattr(model, "meta", {}):
+    if not has_record(model):
         if example_inputs is None:
             kind = "Q/DQ" if has_quantizers(model) else "float"
             raise QdqError(
@@ -195,6 +210,7 @@ def export_onnx(
     return write_onnx(lowered, path, record.contract.names, list(record.output_names), opset, metadata)
 
 
+@plain_modes()
 def verify(
     qmodel: nn.Module,
     path: str | os.PathLike[str],
@@ -226,7 +242,7 @@ def verify(
         ExportError: the file is missing or the runtime refuses it.
     """
     simulation: nn.Module | None = None
-    if isinstance(qmodel, nn.Module) and KEY not in getattr(qmodel, "meta", {}) and has_quantizers(qmodel):
+    if isinstance(qmodel, nn.Module) and not has_record(qmodel) and has_quantizers(qmodel):
         signature, runs = signature_of(qmodel.forward), runs_on(qmodel)
         data = batches if is_data_function(batches) else Batches(batches, signature, inputs_of, runs)
         example = data.first() if isinstance(data, Batches) else first_call(qmodel, data, signature)
@@ -251,7 +267,7 @@ def explain(qmodel: nn.Module) -> Explanation:
     Raises:
         QdqError: not a model that `quantize` returned.
     """
-    if isinstance(qmodel, nn.Module) and KEY not in getattr(qmodel, "meta", {}) and has_quantizers(qmodel):
+    if isinstance(qmodel, nn.Module) and not has_record(qmodel) and has_quantizers(qmodel):
         raise QdqError(
             "explain says where qdq.quantize placed quantizers; in this model they are modules: print(model) shows them"
         )

@@ -129,7 +129,10 @@ class Batches:
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         bound = self._signature.bind(*args, **kwargs)
-        return tuple(_tensor(a) for a in bound.args), {k: _tensor(v) for k, v in bound.kwargs.items()}
+        try:
+            return tuple(_tensor(a) for a in bound.args), {k: _tensor(v) for k, v in bound.kwargs.items()}
+        except DataError as error:
+            raise DataError(f"batch {self._count}: {error}") from None
 
     def _split(self, item: Any) -> Inputs:
         if isinstance(item, Mapping):
@@ -232,11 +235,25 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    if array.dtype.kind not in "biufc":
+        kind = "objects" if array.dtype == object else f"dtype {array.dtype}"
+        raise DataError(f"it holds a numpy array of {kind}: convert it to numbers of one dtype")
+    # PyTorch takes neither the other byte order nor views that run backwards or lie across a record's fields.
+    if not array.dtype.isnative or any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise DataError(
+            f"it holds a numpy array of dtype {array.dtype}, which PyTorch does not have: convert it, as with "
+            ".astype(numpy.float32)"
+        ) from None
+
+
 def _tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        if value.dtype == object:
-            raise DataError("a batch holds a numpy array of objects: convert it to numbers of one dtype")
-        return torch.from_numpy(value)
+        return _from_numpy(value)
     if isinstance(value, (tuple, list)):
         return type(value)(_tensor(v) for v in value) if type(value) in (tuple, list) else value
     if isinstance(value, dict):

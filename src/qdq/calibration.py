@@ -22,6 +22,7 @@ from .graph.names import original_name
 from .graph.parameters import tensor_at
 from .graph.record import record_of
 from .integer_operations import IntegerOperation
+from .modes import plain_modes
 from .passing import passing
 from .progress import track
 from .stand_in import StandIn
@@ -226,7 +227,8 @@ class _Collecting(StandIn):
             inputs: Inputs = contract.check(*self.bind(args, kwargs))
         except DataError as error:
             raise DataError(f"batch {self.calls}: {error}") from None
-        with failing_on(self.calls, inputs):
+        # The data function may have switched on autocast.
+        with plain_modes(), failing_on(self.calls, inputs):
             out = interpreter.run(*contract.flatten(inputs))
         self.calls += 1
         interpreter.check_finite()

@@ -120,6 +120,14 @@ def quantize(
     fp32: Annotated[
         Path | None, typer.Option("--fp32", metavar="FILE", help="Write the float model as ONNX too (for benchmark).")
     ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-recipe",
+            metavar="FILE",
+            help="Write the recipe that resulted, .yaml: with it the file can be made and verified again.",
+        ),
+    ] = None,
     min_sqnr: _MinSqnr = 30.0,
     batch_size: _BatchSize = 32,
     limit: _Limit = None,
@@ -140,6 +148,10 @@ def quantize(
             doors.check_writable(path)
     if fp32 is not None and fp32.resolve() == output.resolve():
         raise UsageError("--fp32 and --output name the same file")
+    if save_recipe is not None:
+        doors.check_writable(save_recipe, ".yaml", ".yml")
+        if recipe is not None and recipe.resolve() == save_recipe.resolve():
+            raise UsageError("--save-recipe and --recipe name the same file")
     scorer = load_callable(evaluate, argument="--eval") if evaluate else None
     out = _console()
     network = doors.in_eval_mode(load_model(model))
@@ -147,6 +159,8 @@ def quantize(
 
     show.step(out, "quantize", f"{model} for {chosen}")
     qmodel = qdq.quantize(network, batches, target=chosen, recipe=rules, progress=_progress())
+    if save_recipe is not None or rules.tune:
+        show.step(out, "recipe", doors.resulting_recipe(qmodel, rules, save_recipe))
     show.step(out, "export", str(output))
     qdq.export_onnx(qmodel, output)
     if fp32 is not None:
@@ -184,9 +198,15 @@ def verify(
 ) -> None:
     """Compare an exported file, as its runtime executes it, with the simulation.
 
-    The simulation is made again from MODEL, --data, --target and --recipe: give what `qdq quantize` was given.
+    The simulation is made again from MODEL, --data, --target and --recipe: give what `qdq quantize` was given. In the
+    place of a recipe with `tune` give the one that it wrote with --save-recipe.
     """
     chosen, rules = doors.target_and_recipe(target, recipe)
+    if rules.tune:
+        raise UsageError(
+            f"--recipe {recipe} has tune: {rules.tune}, which measures anew and may give another model: give the "
+            "recipe that `qdq quantize --save-recipe FILE` wrote"
+        )
     doors.check_packages(chosen)
     doors.check_readable(file)
     network = doors.in_eval_mode(load_model(model))

@@ -59,7 +59,7 @@ class WeightQuantizer(nn.Module):
         # Whether weight and step size are to stay as they are, whatever algorithms could gain.
         self.fixed = False
         shape = [] if axis is None else [channels] if block_size is None else [channels, -(-inputs // block_size)]
-        self.register_buffer("step_size", torch.ones(shape))
+        self.register_buffer("step_size", torch.ones(shape, dtype=torch.float32))
         self._remembered = Remembered()
 
     @property

@@ -57,7 +57,7 @@ def improve(
 
     Raises:
         CalibrationError: a quantizer saw no data.
-        RecipeError: an unknown algorithm or option.
+        RecipeError: an unknown algorithm or option: `quantize` has looked at them before.
     """
     algorithms = algorithms_of(recipe.algorithms)
     if algorithms and not statistics.samples:

@@ -15,9 +15,10 @@ from .batches import Batches
 from .calib.statistics import Statistics
 from .errors import DataError, QdqError
 from .export.module_graph import has_quantizers
+from .fingerprint import fingerprint
 from .graph.example import eval_copy
 from .graph.parameters import device_of
-from .graph.record import KEY, record_of
+from .graph.record import has_record, record_of
 from .graph.targets import Target
 from .recipe import Recipe
 from .stand_in import first_call, is_data_function
@@ -42,7 +43,8 @@ def sensitivity(
     """What each quantizer of a model costs: alone on in the float model, and alone off in the quantized one.
 
     The measure is the SQNR of the model's float outputs in dB. Only what lies behind a quantizer is run for it. With a
-    metric the whole model is run over the metric's own data, twice per quantizer. The model is not changed.
+    metric the whole model is run over the metric's own data, twice per quantizer, and twice more for each of `bits`
+    that the quantizer is tried at. The model is not changed.
 
     Args:
         model: what `qdq.quantize` returned; or a float model, which is quantized on the same batches first.
@@ -51,7 +53,7 @@ def sensitivity(
         target, recipe, example_inputs, dynamic_shapes: of a float model, as for `qdq.quantize`.
         bits: a number of bits or several, from 2 to 16, at which each quantizer is tried as well, its step size found
             anew; weights with at most 8.
-        kinds: what is tried: "activation", "weight", and "layer" (weight and input at once).
+        kinds: what is tried: "activation", "weight", and "layer" (weight and input at once, with its own bits alone).
         float_model: of a quantized model, the float model whose outputs are the reference for `quantized` and
             `alone_off`. None takes the graph with its quantizers off, whose biases and weights are those that the
             recipe's algorithms (bias correction) left.
@@ -59,9 +61,15 @@ def sensitivity(
             values of one part are kept in memory. None runs each batch whole.
         inputs_of, progress: as for `qdq.quantize`.
 
+    Returns:
+        An entry for each quantizer (and layer), the worst first; printing it gives a table.
+
     Raises:
-        QdqError: a wrong argument, a metric that gives no number, or a model without float outputs and no metric.
-        DataError: no data, or data that the model does not take.
+        QdqError: a wrong argument, another float model than the quantized one was made from, a metric that gives no
+            number, or a model without float outputs and no metric.
+        DataError: no data, data that the model does not take, or statistics of another model.
+        CaptureError, CalibrationError, RecipeError, RuntimeMissingError: of a float model, as `qdq.quantize` raises
+            them.
     """
     numbers = _check_bits(bits)
     chosen = _check_kinds(kinds)
@@ -71,14 +79,19 @@ def sensitivity(
         raise QdqError(f"metric must be a callable that takes a model, not {type(metric).__name__}")
     if samples_at_once is not None and (type(samples_at_once) is not int or samples_at_once < 1):
         raise QdqError(f"samples_at_once must be a positive integer or None, not {samples_at_once!r}")
-    if float_model is not None and (not isinstance(float_model, nn.Module) or KEY in getattr(float_model, "meta", {})):
+    if float_model is not None and (not isinstance(float_model, nn.Module) or has_record(float_model)):
         raise QdqError(f"float_model must be the float model that model was made from, not {_kind(float_model)}")
-    if KEY in getattr(model, "meta", {}):
+    if numbers and set(chosen) == {"layer"}:
+        raise QdqError(
+            "bits are tried of activations and weights, and layers with their own bits alone: add one of those to kinds"
+        )
+    if has_record(model):
         if any(given is not None for given in (target, recipe, example_inputs, dynamic_shapes)):
             raise QdqError(
                 "model is quantized already: target, recipe, example_inputs and dynamic_shapes are for a float model"
             )
         quantized: Any = model
+        _check_origin(quantized, batches, float_model)
     else:
         if has_quantizers(model):
             raise QdqError("model holds TensorQuantizers: pass what qdq.quantize returned, or the float model")
@@ -128,6 +141,24 @@ def _of_graph(
     return trials.result()
 
 
+def _check_origin(quantized: fx.GraphModule, batches: Any, float_model: nn.Module | None) -> None:
+    """Refuses statistics and a float model that are not of the model that the quantized one was made from."""
+    known = record_of(quantized).statistics
+    mark = None if known is None else known.model
+    if mark is None:
+        return
+    if isinstance(batches, Statistics) and batches.model not in (None, mark):
+        raise DataError(
+            "batches are statistics of another float model than the one that model was quantized from: pass its own "
+            "(qdq.calib.save of model), or batches"
+        )
+    if float_model is not None and fingerprint(float_model) != mark:
+        raise QdqError(
+            "float_model is not the float model that model was made from: its parameters, buffers, modules or their "
+            "settings differ; pass the one that qdq.quantize was given, or None"
+        )
+
+
 def _check_bits(bits: Any) -> list[int]:
     numbers = [] if bits is None else list(bits) if isinstance(bits, (list, tuple, set, range)) else [bits]
     for number in numbers:
@@ -137,8 +168,8 @@ def _check_bits(bits: Any) -> list[int]:
 
 
 def _check_kinds(kinds: Any) -> list[str]:
-    chosen = [kinds] if isinstance(kinds, str) else list(kinds)
-    unknown = [kind for kind in chosen if kind not in KINDS]
+    chosen = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
+    unknown = [kind for kind in chosen if not isinstance(kind, str) or kind not in KINDS]
     if unknown or not chosen:
         wrong = unknown[0] if unknown else chosen
         raise QdqError(f"kinds must be one or more of {', '.join(KINDS)}, not {wrong!r}")

@@ -67,8 +67,8 @@ class Recipe:
             that one layer alone reads, and where inputs are known).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
             (the keys of `qdq.algorithms.registry.ALGORITHMS`; docs/algorithms.md has their options). By default
-            SmoothQuant and bias correction; an empty list leaves it at the ranges. Names and options are checked where
-            they are applied.
+            SmoothQuant and bias correction; an empty list leaves it at the ranges. Names and options are checked when
+            the recipe is applied.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
             "weights", "activations", "calibration". Patterns match module paths and parameter names; "*.head" matches
             a module of that name and everything inside it. A later pattern wins. A pattern that matches nothing

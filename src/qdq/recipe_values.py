@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,9 +52,9 @@ def read_patterns(value: Any) -> tuple[str, ...]:
     """The patterns of `exclude`."""
     if isinstance(value, str):
         raise RecipeError(f"exclude must be a list of patterns, not the string {value!r}")
-    if not isinstance(value, Iterable) or not all(isinstance(p, str) for p in value):
+    patterns: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(p, str) for p in patterns):
         raise RecipeError("exclude must be a list of strings (glob patterns)")
-    patterns = tuple(value)
     if "" in patterns:
         raise RecipeError("exclude holds an empty pattern; '*' matches every module")
     return patterns
@@ -91,6 +92,8 @@ def read_override(value: Any, where: str) -> Override:
         )
     else:
         raise RecipeError(f"{where} must be `float`, an Override or a mapping, not {value!r}")
+    if not isinstance(override.quantize, bool):
+        raise RecipeError(f"{where}.quantize must be True or False, not {override.quantize!r}")
     if override.weights is not None:
         check_weights(override.weights, f"{where}.weights")
     if override.activations is not None:
@@ -131,24 +134,24 @@ def read_descriptor(value: Any, where: str, default: QuantDescriptor) -> QuantDe
         fields["axis"] = tuple(fields["axis"])
     if isinstance(fields.get("num_bits"), list):
         fields["num_bits"] = tuple(fields["num_bits"])
-    if isinstance(fields.get("amax"), int) and not isinstance(fields["amax"], bool):
-        fields["amax"] = float(fields["amax"])
     try:
+        if isinstance(fields.get("amax"), int) and not isinstance(fields["amax"], bool):
+            fields["amax"] = float(fields["amax"])
         return QuantDescriptor(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
 def check_keys(data: Mapping[str, Any], known: Any, where: str) -> None:
     """Refuses keys that are not known."""
-    unknown = sorted(set(data) - set(known))
+    unknown = sorted(set(data) - set(known), key=str)
     if unknown:
         raise RecipeError(f"unknown key {unknown[0]!r} in {where}; known keys: {', '.join(known)}")
 
 
 def check_choice(value: Any, where: str, known: tuple[str, ...]) -> None:
     """Refuses what is not one of the known values."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise RecipeError(f"{where} must be one of {', '.join(known)}, not {value!r}")
 
 
@@ -167,8 +170,10 @@ def check_weights(descriptor: Any, where: str) -> None:
     block = descriptor.block_size
     if block is not None and descriptor.axis is None:
         raise RecipeError(f"{where}.block_size={block} needs axis=0: blocks are parts of output channels")
-    if block is not None and (block < 16 or block & (block - 1)):
-        raise RecipeError(f"{where}.block_size must be a power of two from 16, as runtimes have them, not {block}")
+    if block is not None and (not 16 <= block <= 256 or block & (block - 1)):
+        raise RecipeError(
+            f"{where}.block_size must be a power of two from 16 to 256, as the kernels of runtimes take it, not {block}"
+        )
 
 
 def is_float(value: Any) -> bool:
@@ -196,8 +201,8 @@ def _check_activations(descriptor: Any, where: str) -> None:
     _check_num_bits(descriptor, where)
     if descriptor.axis is not None:
         raise RecipeError(f"{where}.axis must be None: the targets take one range per activation tensor")
-    if descriptor.amax is not None and (descriptor.amax.size != 1 or not float(descriptor.amax.item()) > 0):
-        raise RecipeError(f"{where}.amax must be one positive number")
+    if descriptor.amax is not None and (descriptor.amax.size != 1 or not 0 < float(descriptor.amax.item()) < math.inf):
+        raise RecipeError(f"{where}.amax must be one positive number that is finite")
     _check_plain(descriptor, where)
 
 

@@ -14,7 +14,9 @@ from .errors import DataError
 
 
 class StandIn(nn.Module):
-    """Called as the model is, with the parameters and the attributes of the model; leaves the model as it is.
+    """Called as the model is, with the parameters and the attributes of the model, and in eval mode whatever is called.
+
+    `train`, `to` and the like change nothing. Writing into a parameter or a buffer changes the model: they are its own.
 
     Args:
         model: the user's. Its parameters are the stand-in's own, so that `next(m.parameters()).device` works.
@@ -23,6 +25,7 @@ class StandIn(nn.Module):
 
     def __init__(self, model: nn.Module, signature: inspect.Signature) -> None:
         super().__init__()
+        self.training = False
         self.model = model
         self.signature = signature
 
@@ -35,7 +38,7 @@ class StandIn(nn.Module):
             return getattr(self.model, name)
 
     def train(self, mode: bool = True) -> StandIn:
-        """Changes nothing: the model keeps its mode."""
+        """Changes nothing: what is run is in eval mode, and the model keeps its own."""
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StandIn:

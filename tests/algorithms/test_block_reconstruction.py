@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -158,6 +160,28 @@ def test_codes_lie_next_to_the_weight_and_step_sizes_stay() -> None:
         new, quantizer = weight_and_quantizer(qmodel, name)
         assert float(((new - old).abs() / quantizer.step_for(old)).max()) <= 1 + 1e-4
         assert torch.equal(quantizer.step_size, steps[name])
+
+
+@pytest.mark.parametrize("last", [lambda x: x > 0, lambda x: x.argmax(-1), lambda x: (x > 0).float()])
+def test_a_block_that_gives_no_float_or_no_gradient_stays_at_adaround(last: Callable[[Tensor], Tensor]) -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            with torch.no_grad():
+                for index, parameter in enumerate(self.parameters()):
+                    parameter.copy_(randn(*parameter.shape, seed=index) / parameter.shape[-1] ** 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            return last(x + self.b(torch.relu(self.a(x))))
+
+    weights, data = [], [randn(32, 12, seed=s) for s in range(2)]
+    for steps in (1, 20):
+        algorithms = {"block_reconstruction": {"steps": steps, "warmup": 0.5}}
+        qmodel = qdq.quantize(Decides().eval(), data, recipe=Recipe(algorithms=algorithms), progress=False)
+        weights.append(weight_and_quantizer(qmodel, "b")[0])
+    assert torch.equal(*weights)
 
 
 def test_the_same_twice() -> None:

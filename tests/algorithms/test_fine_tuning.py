@@ -104,6 +104,20 @@ def test_a_model_without_layers_is_left_alone() -> None:
     )
 
 
+def test_outputs_that_no_weight_moves_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc(x).argmax(-1), x * 2
+
+    plain, trained = tuned(Decides().eval(), [randn(16, 8)])
+    assert all(torch.equal(v, trained.state_dict()[key]) for key, v in plain.state_dict().items())
+    assert "fine_tuning leaves the weights as they are: no float output depends on them" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,7 +20,7 @@ from algorithms.trained_nets import score
 from qdq.algorithms.bias_correction import BiasCorrection
 from qdq.algorithms.gptq import GPTQ
 from qdq.algorithms.registry import algorithms_of
-from qdq.errors import RecipeError
+from qdq.errors import CalibrationError, RecipeError
 
 
 def directly(rows: Tensor, hessian: Tensor, step: Tensor, bound: int, damping: float, descending: bool) -> Tensor:
@@ -118,6 +118,14 @@ def test_inputs_that_are_always_zero() -> None:
     silent = quantized(nn.Sequential(nn.Linear(8, 4)).eval(), [torch.zeros(4, 8)])
     measured(silent, [torch.zeros(4, 8)], GPTQ())
     assert_on_grid(silent)
+
+
+def test_damping_that_is_too_small_for_the_inputs_is_told_with_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    batches = [randn(512, 1) @ randn(1, 64, seed=1)]
+    told = "gptq: the inputs of layer '0.weight' leave its Hessian singular with damping=1e-30: raise it"
+    with pytest.raises(CalibrationError, match=told):
+        measured(quantized(model, batches), batches, GPTQ(damping=1e-30))
 
 
 @pytest.mark.parametrize("net", ["S1", "S2"])

@@ -314,6 +314,23 @@ def test_unknown_algorithms_and_options_are_refused(algorithms, told: str, fashi
 
 
 @pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({1: 2, "colour": 3}, "unknown option 1; its options are steps"),
+        ({"seed": 2**70}, "seed must be an integer of at most 9223372036854775807, not 1180591620717411303424"),
+        ({"steps": 10**400}, "steps must be an integer of at most"),
+        ({"learning_rate": 10**400}, "learning_rate must be a number above 0, not 1000"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, not nan"),
+        ({"warmup": 1}, "warmup must be a number at least 0 and below 1, not 1"),
+        ({"warmup": True}, "warmup must be a number at least 0 and below 1, not True"),
+    ],
+)
+def test_options_are_checked_without_a_model(options, told: str) -> None:
+    with pytest.raises(RecipeError, match=rf"algorithms\['adaround'\]: {told}"):
+        algorithms_of(Recipe(algorithms={"adaround": options}).algorithms)
+
+
+@pytest.mark.parametrize(
     ("algorithms", "told"),
     [
         ("bias_correction", "algorithms must be a list of names, or a mapping of names to options"),

@@ -109,6 +109,8 @@ def test_version_and_help(run: Any) -> None:
         ({"--output": "."}, 2, ("it is a folder",)),
         ({"--output": "out.txt"}, 2, ("must end in .onnx",)),
         ({"--fp32": "out.onnx"}, 2, ("name the same file",)),
+        ({"--save-recipe": "out.toml"}, 2, ("must end in .yaml or .yml",)),
+        ({"--save-recipe": "no/such/folder/r.yaml"}, 2, ("no folder",)),
     ],
 )
 def test_quantize_refuses(
@@ -127,6 +129,59 @@ def test_recipe_with_an_unknown_key(run: Any, user: Any, tmp_path: Path) -> None
     recipe.write_text("wieghts: {}\n")
     result = run("quantize", user("make"), "--data", user("batches"), "-o", tmp_path / "out.onnx", "--recipe", recipe)
     fails(result, 2, "wieghts")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("calibration: é".encode("latin-1"), "is not text in UTF-8"),
+        (b"a: 2024-13-45", "not valid YAML"),
+        (b"1: a\nb: c", "unknown key"),
+        (b"algorithms: [adarond]", "unknown algorithm 'adarond'"),
+        (b"weights: {num_bits: 9}", "from 2 to 8"),
+    ],
+)
+def test_a_recipe_of_no_use_is_told_before_the_data_are_read(
+    run: Any, user: Any, tmp_path: Path, content: bytes, text: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    arguments = ("--data", user("nothing"), "-o", tmp_path / "out.onnx", "--recipe", recipe)
+    fails(run("quantize", user("make"), *arguments), 2, text)
+    fails(run("quantize", user("make"), *arguments, "--save-recipe", recipe), 2)
+
+
+def test_a_recipe_to_tune_for_another_target_is_a_usage_error(run: Any, user: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tune: latency\n")
+    arguments = ("--data", user("nothing"), "-o", tmp_path / "out.onnx", "--recipe", recipe)
+    fails(run("quantize", user("make"), *arguments, "--target", "tensorrt"), 2, "needs target 'onnxruntime'")
+    fails(run("quantize", user("make"), *arguments, "--save-recipe", recipe), 2, "name the same file")
+
+
+def test_the_recipe_that_tuning_found_makes_the_file_again(run: Any, user: Any, tmp_path: Path) -> None:
+    recipe, saved, file = tmp_path / "recipe.yaml", tmp_path / "saved.yaml", tmp_path / "out.onnx"
+    recipe.write_text("tune: latency\ncalibration: max\nalgorithms: []\n")
+    data = ("--data", user("batches"))
+    result = run("quantize", user("make"), *data, "-o", file, "--recipe", recipe, "--save-recipe", saved)
+    assert result.exit_code == 0, result.output
+    assert "tuned: " in result.stdout and f"saved to {saved}" in result.stdout
+    found = qdq.Recipe.load(saved)
+    assert found.tune is None and found.calibration == "max"
+    fails(run("verify", user("make"), file, *data, "--recipe", recipe), 2, "has tune: latency", "--save-recipe")
+    again = tmp_path / "again.onnx"
+    result = run("quantize", user("make"), *data, "-o", again, "--recipe", saved)
+    assert result.exit_code == 0 and "recipe  " not in result.stdout, result.output
+    assert again.read_bytes() == file.read_bytes()
+    assert run("verify", user("make"), file, *data, "--recipe", saved).exit_code == 0
+
+
+def test_a_tuned_recipe_that_is_not_kept_is_told(run: Any, user: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tune: latency\ncalibration: max\nalgorithms: []\n")
+    result = run("quantize", user("make"), "--data", user("batches"), "-o", tmp_path / "out.onnx", "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    assert "--save-recipe FILE keeps this recipe, as another run may measure otherwise" in result.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")

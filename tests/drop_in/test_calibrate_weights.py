@@ -213,7 +213,7 @@ def test_arguments_out_of_range() -> None:
     for percentile in (-1, 100.5, np.nan):
         with pytest.raises(ValueError, match="percentile must be in the range 0 to 100"):
             calib.calibrate_weights(model, percentile=percentile)
-    with pytest.raises(ValueError, match="num_bins must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_bins must be an integer of at least 1, got 0"):
         calib.calibrate_weights(model, num_bins=0)
     assert model.weight_quantizer.amax is None
 

@@ -116,6 +116,7 @@ class Outliers(nn.Module):
         (["adaround"], 4.0),
         (["gptq"], 3.0),
         (["weight_clipping"], 2.0),
+        ({"block_reconstruction": {"steps": 150}}, 4.0),
     ],
 )
 def test_gains_with_weights_of_four_bits(

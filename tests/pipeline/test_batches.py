@@ -171,9 +171,27 @@ def test_numpy_arrays_become_tensors():
     assert isinstance(args[0], Tensor)
 
 
-def test_numpy_arrays_of_objects_are_refused():
-    with pytest.raises(DataError, match="numpy array of objects: convert it to numbers"):
-        bind(one, np.array(["a", None], dtype=object))
+def test_numpy_arrays_run_backwards_or_hold_the_other_byte_order():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    field = np.zeros((2, 3), dtype=[("value", "<f4"), ("mark", "u1")])
+    field["value"] = array
+    for given in (array[::-1, ::-1], array.astype(">f4"), array.astype("<f4"), field["value"], np.float32(2) * array.T):
+        ((args, _),) = bind(one, given)
+        assert args[0].dtype == torch.float32 and np.array_equal(args[0].numpy(), given)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array(["a", None], dtype=object), "numpy array of objects: convert it to numbers"),
+        (np.array(["a", "b"]), "numpy array of dtype <U1: convert it to numbers"),
+        (np.zeros(2, dtype="datetime64[D]"), r"numpy array of dtype datetime64\[D\]: convert it to numbers"),
+        (np.zeros(2, dtype=np.longdouble), "which PyTorch does not have: convert it, as with .astype"),
+    ],
+)
+def test_numpy_arrays_that_hold_no_numbers_are_refused(array, message):
+    with pytest.raises(DataError, match=f"^batch 1: it holds a {message}" if "convert it to" in message else message):
+        bind(one, X, array)
 
 
 @pytest.mark.parametrize("array", [X, X.numpy()])

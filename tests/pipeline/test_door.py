@@ -425,3 +425,113 @@ def test_capture_leaves_the_ranges_of_its_inputs() -> None:
     graph_module = capture(Model(), (X,))
     (node,) = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     assert node.meta["qdq_ranges"] == {0: (1, None)}
+
+
+# --- what the caller has switched on -------------------------------------------------------------------------------
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_autocast_of_the_caller_does_not_reach_ranges_and_files(tmp_path: Path) -> None:
+    plain = quantize(Model(), [X, Y])
+    with torch.autocast("cpu", torch.bfloat16):
+        qmodel = quantize(Model(), [X, Y])
+        assert torch.is_autocast_enabled("cpu")
+        fidelity = qdq.verify(qmodel, qdq.export_onnx(qmodel, tmp_path / "m.onnx"), [X], progress=False)
+    assert same_state(plain, qmodel) and fidelity.sqnr_db > 100
+
+
+def test_step_sizes_are_float32_whatever_the_default_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    plain = quantize(model, [X, Y])
+    torch.set_default_dtype(torch.float64)
+    try:
+        qmodel = quantize(model, [X, Y])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_state(plain, qmodel)
+    assert {v.dtype for v in qmodel.state_dict().values()} == {torch.float32, torch.int32}
+
+
+@pytest.mark.parametrize("algorithm", ["block_reconstruction", "fine_tuning"])
+def test_what_is_learned_is_learned_in_inference_mode_too(algorithm: str) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            return x + self.down(self.up(x).relu())
+
+    recipe = qdq.Recipe(algorithms={algorithm: {"steps": 3}})
+    plain = quantize(Residual(), [X, Y], recipe=recipe)
+    with torch.inference_mode():
+        inside = quantize(Residual(), [X.clone(), Y.clone()], recipe=recipe)
+        batches = [X.clone(), Y.clone()]
+        assert torch.is_inference_mode_enabled()
+    assert same_state(plain, inside)
+    assert not any(v.is_inference() for v in inside.state_dict().values())
+
+    def in_its_own_inference_mode(model: nn.Module) -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+
+    for data in (batches, in_its_own_inference_mode):
+        assert same_state(plain, quantize(Residual(), data, recipe=recipe))
+
+
+@pytest.mark.parametrize("meta", [None, "qdq", {"qdq": 1}, [1]], ids=repr)
+def test_a_model_may_have_an_attribute_of_the_name_that_graphs_use(meta: Any, tmp_path: Path) -> None:
+    model = Model()
+    model.meta = meta
+    qmodel = quantize(model, [X])
+    with pytest.raises(qdq.QdqError, match="model was returned by qdq.quantize"):
+        quantize(qmodel, [X])
+    assert qdq.export_onnx(model, tmp_path / "m.onnx", example_inputs=X).is_file()
+    with pytest.raises(qdq.QdqError, match="expected a model that qdq.quantize returned, not a Model"):
+        qdq.explain(model)
+
+
+# --- what is found out before the data are gone through ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "most", "message"),
+    [
+        ({"gptq": {"dampening": 1.0}}, 0, r"algorithms\['gptq'\]: unknown option 'dampening'"),
+        (["gtpq"], 0, "unknown algorithm 'gtpq'"),
+        ({"adaround": {"layers": ["head"]}}, 1, "the pattern 'head' of layers names no layer"),
+    ],
+)
+def test_wrong_algorithms_cost_no_pass_over_the_data(algorithms: Any, most: int, message: str) -> None:
+    asked: list[int] = []
+
+    def batches() -> Any:
+        for number in range(3):
+            asked.append(number)
+            yield X
+
+    with pytest.raises(qdq.RecipeError, match=message):
+        quantize(Model(), batches(), recipe=qdq.Recipe(algorithms=algorithms))
+    assert len(asked) == most
+
+
+def test_a_data_function_is_asked_for_an_example_unless_it_is_given_one() -> None:
+    samples = []
+    for options in ({}, {"example_inputs": X}):
+        source = iter([X, Y, X])
+
+        def run(model: nn.Module, source: Any = source) -> None:
+            for batch in source:
+                model(batch)
+
+        statistics = record_of(quantize(Model(), run, **options)).statistics
+        assert statistics is not None
+        samples.append(sum(len(args[0]) for args, _ in statistics.samples))
+    assert samples == [12, 18]

@@ -118,7 +118,21 @@ def test_linears_of_2_to_8_bits_run_as_simulated(
     assert 15 < sqnr_db(run_file(path, data), run_model(in_float, data)) < 60
 
 
-@pytest.mark.parametrize(("level", "bits", "block_size"), [(4, 3, 32), (4, 8, None), (1, 4, None)])
+@pytest.mark.parametrize("target", [ONNXRUNTIME, STANDARD], ids=["packed", "standard"])
+@pytest.mark.parametrize(("bits", "inputs", "block_size"), [(4, 64, 128), (8, 50, 256), (3, 300, 256)])
+def test_blocks_may_be_longer_than_the_weight(
+    bits: int, inputs: int, block_size: int, target: Any, tmp_path: Path
+) -> None:
+    model, data = seeded(nn.Sequential(nn.Linear(inputs, 24))), [randn(8, inputs)]
+    recipe = weight_only(bits, block_size)
+    _, path, fidelity = deploy(model, data, tmp_path / "m.onnx", recipe=recipe, target=target)
+    assert fidelity.sqnr_db > EXACT_DB and operations(optimized_graph(path))["MatMulNBits"] == 1
+
+
+@pytest.mark.parametrize(
+    ("level", "bits", "block_size"),
+    [(4, 2, None), (4, 3, 32), (4, 5, 16), (4, 6, None), (4, 7, 64), (4, 8, None), (1, 4, None)],
+)
 def test_linears_are_stored_packed_where_the_target_says_so(
     level: int, bits: int, block_size: int | None, tmp_path: Path
 ) -> None:

@@ -315,6 +315,35 @@ def test_transformers_are_tuned_too(recipe: dict[str, object], tmp_path: Path) -
     assert qdq.verify(tuned, path, data, progress=False).sqnr_db > 40
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_float_file_of_weights_without_activations_is_float(bits: int, packed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    data = [(torch.arange(16).reshape(2, 8), randn(2, 8))]
+    recipe = Recipe(weights=qdq.QuantDescriptor(bits, axis=0), activations="float", algorithms={})
+    target = dataclasses.replace(ONNXRUNTIME, matmul_nbits=packed)
+    quantized = quantize(model, data, target=target, recipe=recipe)
+    path = MarkedFile(quantized).save(tmp_path / "float.onnx", *[lambda *_: False] * 3)
+    exported = qdq.export_onnx(model, tmp_path / "exported.onnx", example_inputs=data[0])
+    assert operations(optimized_graph(path)) == operations(optimized_graph(exported))
+    # It computes from the values of the codes, and rounds nothing.
+    values = {k: v for k, v in quantized.state_dict().items() if k in model.state_dict()}
+    with torch.no_grad():
+        for name, value in values.items():
+            quantizer = dict(quantized.named_modules()).get(f"{name}_quantizer")
+            values[name] = value if quantizer is None else quantizer(value)
+    model.load_state_dict(values)
+    with torch.no_grad():
+        expected = [x.numpy() for x in model(*data[0]).values()]
+    assert sqnr_db(expected, run_file(path, data[0])) > 100
+
+
+def test_where_nothing_is_quantized_nothing_is_chosen(model: nn.Module, batches: list[torch.Tensor]) -> None:
+    tuned = quantize(model, batches, recipe=Recipe(tune="latency", exclude=("stem", "*")))
+    assert qdq.explain(tuned).recipe == Recipe(exclude=("stem", "*"))
+
+
 # The door
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,8 +190,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"activations": QuantDescriptor(axis=0)}, "activations.axis must be None: the targets take one range"),
     ({"activations": QuantDescriptor(amax=[1.0, 2.0])}, "activations.amax must be one positive number"),
     ({"activations": QuantDescriptor(amax=0.0)}, "activations.amax must be one positive number"),
+    ({"activations": QuantDescriptor(amax=float("inf"))}, "activations.amax must be one positive number"),
     ({"activations": QuantDescriptor(learn_amax=True)}, "activations: fake_quant=False, learn_amax and scale_amax"),
     ({"activations": QuantDescriptor(scale_amax=0.9)}, "activations: fake_quant=False, learn_amax and scale_amax"),
+    ({"calibration": ["max"]}, r"calibration must be one of auto, .*, not \['max'\]"),
     ({"calibration": "kl"}, "calibration must be one of auto, max, percentile, mse, entropy, not 'kl'"),
     ({"weight_calibration": "entropy"}, "weight_calibration must be one of auto, max, mse, not 'entropy'"),
     ({"percentile": 50.0}, r"percentile must lie in \(50, 100\], not 50.0"),
@@ -204,6 +207,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"exclude": [1]}, "exclude must be a list of strings"),
     ({"exclude": 3}, "exclude must be a list"),
     ({"overrides": ["*.head"]}, "overrides must be a mapping, not list"),
+    ({"exclude": (name for name in ["a", 1])}, "exclude must be a list of strings"),
+    ({"overrides": {"a": Override(quantize="no")}}, r"overrides\['a'\].quantize must be True or False, not 'no'"),  # type: ignore[arg-type]
+    ({"overrides": {"a": {1: 2, "b": 3}}}, r"unknown key 1 in overrides\['a'\]"),
+    ({"overrides": {"a": {"activations": {"amax": 10**400}}}}, r"overrides\['a'\].activations: int too large"),
     ({"overrides": {"a": 4}}, r"overrides\['a'\] must be `float`, an Override or a mapping, not 4"),
     (
         {"overrides": {"a": {"bits": 4}}},
@@ -278,6 +285,10 @@ def test_codes_of_a_deployment_pass() -> None:
         ("weights: {num_bits: four}", "weights: .*num_bits"),
         ("weights: {num_bits: [5, 2]}", r"weights: num_bits must be an integer, or \(4, 3\) for E4M3, got \(5, 2\)"),
         ("a: [", "the recipe is not valid YAML"),
+        ("a: 2024-13-45", "the recipe is not valid YAML: month must be in"),
+        ("a: !!int ''", "the recipe is not valid YAML"),
+        ("[" * 3000, "the recipe is not valid YAML: it is nested too deep"),
+        ("1: a\nb: c", "unknown key 1 in recipe; known keys"),
     ],
 )
 def test_files_with_mistakes_are_refused(text: str, message: str) -> None:
@@ -297,3 +308,29 @@ def test_paths_with_mistakes_are_refused(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "r.json")
     with pytest.raises(RecipeError, match="r.yaml' cannot be read: No such file or directory"):
         Recipe.load(tmp_path / "r.yaml")
+    for name, content, message in (
+        ("r.yaml", "calibration: é".encode("latin-1"), "r.yaml' is not text in UTF-8"),
+        ("r.toml", b"\x80\x00", "r.toml' is not text in UTF-8"),
+        ("r.yaml", b"a: 2024-13-45", "r.yaml': the recipe is not valid YAML: month"),
+        ("r.toml", b"a = 2024-13-45", "r.toml': the recipe is not valid TOML"),
+        ("r.toml", b"a = " + b"[" * 3000, "r.toml': the recipe is not valid TOML: it is nested too deep"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            Recipe.load(tmp_path / name)
+
+
+def test_patterns_may_come_one_by_one() -> None:
+    names = ["features.0", "head"]
+    for patterns in ((name for name in names), filter(None, names), map(str, names), dict.fromkeys(names)):
+        assert Recipe(exclude=patterns).exclude == ("features.0", "head")  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_written_as_those_of_python() -> None:
+    recipe = Recipe(
+        calibration="percentile",
+        percentile=np.float64(99.9),
+        reduce_range=np.True_,  # type: ignore[arg-type]
+        algorithms={"adaround": {"learning_rate": np.float64(0.5), "layers": [np.str_("a")]}},
+    )
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe

@@ -326,6 +326,34 @@ def test_what_the_metric_raises_is_raised(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_every_model_that_is_evaluated_is_in_eval_mode() -> None:
+    seen: list[bool] = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.extend([model.training, model.eval().training, model.train().eval().training])
+        return 1.0
+
+    recover(evaluate, budget=0)
+    assert seen == [False] * 6
+
+
+class Free(nn.Module):
+    """Takes an input by keyword that `forward` does not name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + others["shift"]
+
+
+def test_inputs_in_free_keywords_are_measured_too() -> None:
+    batches = [{"x": torch.randn(4, 4), "shift": torch.randn(4, 3)}]
+    found = qdq.recover(Free().eval(), batches, lambda model: 1.0, budget=0, recipe=PER_TENSOR, progress=False)
+    assert found.float_size and found.rungs[0].size and found.rungs[0].latency_ratio
+
+
 def test_low_bits_take_their_own_rungs() -> None:
     recipe = qdq.Recipe(weights=qdq.QuantDescriptor(3, axis=0, narrow_range=True))
     found = recover(Closeness(), target=0.999, budget="1h", recipe=recipe)
@@ -363,6 +391,13 @@ def test_what_tuning_left_in_float_is_in_the_recipe() -> None:
         ({"journal": 3}, qdq.QdqError, "journal must be a path, not int"),
         ({"journal": "."}, qdq.DataError, "is a folder: give the path of a file"),
         ({"journal": "no/such/j.json"}, qdq.DataError, "the folder of the journal .* does not exist"),
+        ({"target": 10**400}, qdq.QdqError, "above 0 and at most 1, not 1000"),
+        ({"budget": 10**400}, qdq.RecipeError, "budget must be seconds or text"),
+        (
+            {"recipe": qdq.Recipe(tune="latency"), "deploy_target": "tensorrt"},
+            qdq.RecipeError,
+            "tune='latency' needs target 'onnxruntime', not 'tensorrt'",
+        ),
     ],
 )
 def test_arguments_are_checked_before_any_work(options: Any, error: type[Exception], message: str) -> None:

@@ -27,13 +27,30 @@ def net(factor: float = 1.0) -> nn.Module:
     return model.eval()
 
 
-def recover(journal: Path, *, model: nn.Module | None = None, value: float = 1.0, **options: Any) -> qdq.Recovery:
-    """One rung: the metric is a number by itself."""
+def recover(
+    journal: Path,
+    *,
+    model: nn.Module | None = None,
+    value: float = 1.0,
+    falling: bool = False,
+    evaluated: list[nn.Module] | None = None,
+    **options: Any,
+) -> qdq.Recovery:
+    """One rung: the metric is a number by itself; or all, where it is less for every model but the float one."""
     options = {"target": 0.99, "recipe": RECIPE, **options}
     data = [torch.linspace(-1, 1, 32).reshape(8, 4)]
-    return qdq.recover(
-        net() if model is None else model, data, lambda m: value, journal=journal, progress=False, **options
-    )
+
+    def evaluate(m: nn.Module) -> float:
+        if evaluated is not None:
+            evaluated.append(m)
+        return value / 2 if falling and not isinstance(m, nn.Sequential) else value
+
+    return qdq.recover(net() if model is None else model, data, evaluate, journal=journal, progress=False, **options)
+
+
+@pytest.fixture
+def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # without files it is quick
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +73,8 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
     data = json.loads(journal.read_text())
     assert data["format"] == "qdq.recovery" and data["version"] == 2
     assert qdq.Recipe.from_dict(data["rungs"][0]["recipe"]) == qdq.Recipe.from_dict(data["start"]) == RECIPE
-    assert sorted(p.name for p in journal.parent.iterdir()) == ["j.json", "j.statistics.safetensors"]
-    assert qdq.calib.load(journal.with_name("j.statistics.safetensors")).samples
+    assert sorted(p.name for p in journal.parent.iterdir()) == ["j.json", "j.json.statistics.safetensors"]
+    assert qdq.calib.load(journal.with_name("j.json.statistics.safetensors")).samples
     assert recover(journal).rungs[0].metric == 1.0
 
 
@@ -107,6 +124,8 @@ def in_rung(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (lambda data: data["rungs"][0].pop("metric"), "is damaged: it lacks 'metric'"),
         (changed(target="much"), "is damaged: 'target' is 'much'"),
         (changed(baseline=float("nan")), "is damaged: 'baseline' is nan"),
+        (changed(baseline=10**400), "is damaged: 'baseline' is 1000"),
+        (in_rung(seconds=10**400), "is damaged: 'seconds' is 1000"),
         (changed(model=3), "is damaged: 'model' is 3"),
         (changed(dynamic_shapes=3), "is damaged: 'dynamic_shapes' is 3"),
         (changed(float_size="1"), "is damaged: 'float_size' is '1'"),
@@ -139,7 +158,7 @@ def test_what_is_no_json_is_told(journal: Path, content: bytes) -> None:
 
 
 def test_statistics_that_are_gone_are_told(journal: Path) -> None:
-    journal.with_name("j.statistics.safetensors").unlink()
+    journal.with_name("j.json.statistics.safetensors").unlink()
     with pytest.raises(qdq.DataError, match="statistics"):
         recover(journal)
 
@@ -155,7 +174,69 @@ def test_a_journal_that_cannot_be_written_leaves_nothing_behind(
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(qdq.DataError, match=r"the journal .* cannot be written: Permission denied"):
         recover(tmp_path / "j.json")
-    assert [p.name for p in tmp_path.iterdir()] == ["j.statistics.safetensors"]
+    assert list(tmp_path.iterdir()) == []
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(qdq.DataError, match="pipe' cannot be written: it is a device or a pipe"):
+            recover(tmp_path / "pipe", evaluated=[])
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    evaluated: list[nn.Module] = []
+    with pytest.raises(qdq.DataError, match=r"j.json' cannot be written: Read-only file system"):
+        recover(tmp_path / "j.json", evaluated=evaluated)
+    assert evaluated == []
+
+
+@pytest.mark.usefixtures("without_files")
+def test_journals_of_one_stem_have_statistics_of_their_own(tmp_path: Path) -> None:
+    paths = [tmp_path / "run.int8", tmp_path / "run.int4"]
+    for path, factor in ((paths[0], 1.0), (paths[1], 0.5), (paths[0], 1.0)):
+        assert recover(path, model=net(factor)).reached
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_statistics_without_a_journal_are_not_written_over(tmp_path: Path) -> None:
+    own = tmp_path / "j.json.statistics.safetensors"
+    own.write_bytes(b"mine")
+    with pytest.raises(qdq.DataError, match="is there without its journal .*j.json', which would write over it"):
+        recover(tmp_path / "j.json", evaluated=[])
+    assert own.read_bytes() == b"mine"
+
+
+@pytest.mark.usefixtures("without_files")
+def test_a_recipe_that_does_not_fit_leaves_no_journal(tmp_path: Path) -> None:
+    evaluated: list[nn.Module] = []
+    for wrong in (qdq.Recipe(exclude=("nope",)), qdq.Recipe(overrides={"nope": "float"})):
+        with pytest.raises(qdq.RecipeError, match="'nope' matches no module"):
+            recover(tmp_path / "j.json", evaluated=evaluated, recipe=wrong)
+    assert list(tmp_path.iterdir()) == [] and evaluated == []
+    with pytest.raises(qdq.RecipeError, match="nope"):
+        recover(tmp_path / "j.json", recipe=qdq.Recipe(algorithms={"adaround": {"layers": ["nope"]}}))
+    assert list(tmp_path.iterdir()) == []
+    assert recover(tmp_path / "j.json", recipe=qdq.Recipe(calibration="max", exclude=("2",))).reached
+
+
+@pytest.mark.usefixtures("without_files")
+def test_an_order_that_failed_unexpectedly_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise MemoryError("once")
+
+    path = tmp_path / "j.json"
+    with monkeypatch.context() as patch:
+        patch.setattr("qdq.recovery.climbing.sensitivity", fail)
+        with pytest.raises(MemoryError, match="once"):
+            recover(path, falling=True, budget="1h")
+    before = json.loads(path.read_text())
+    assert before["orders"] == {} and before["rungs"]
+    recover(path, falling=True, budget="0s")
+    assert json.loads(path.read_text())["rungs"] == before["rungs"]
 
 
 def test_a_journal_that_cannot_be_read_is_told(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,13 @@ def test_entries(branches: fx.GraphModule) -> None:
         result.sorted_by("name")
     with pytest.raises(qdq.QdqError, match="kind must be one of activation, weight, layer, not 'bias'"):
         result.worst(1, kind="bias")
+    with pytest.raises(qdq.QdqError, match=r"no layer was tried: pass kinds=\['activation', 'weight', 'layer'\] to"):
+        result.worst(1, kind="layer")
+    with pytest.raises(qdq.QdqError, match=r"nothing was tried at 4 bits: pass bits=4 to qdq.sensitivity"):
+        result.worst(1, bits=4)
+    for count in ("2", 2.0, None, True, -1):
+        with pytest.raises(qdq.QdqError, match="count must be a number of entries, 0 or more, not"):
+            result.worst(count)  # type: ignore[arg-type]
     text = str(result)
     assert text.splitlines()[0].startswith("quantized model: SQNR") and len(text.splitlines()) == len(result) + 2
     assert text.splitlines()[2].startswith(result.entries[0].name) and " dB" in text.splitlines()[2]
@@ -237,6 +244,12 @@ def test_other_bits(branches: fx.GraphModule) -> None:
         assert four.alone_on < entry.alone_on - 10 and four.alone_off > entry.alone_off
         if entry.name in activations:
             assert tried[entry.name, 16].alone_on > entry.alone_on + 30
+    assert result.worst(3, kind="weight", bits=16) == []  # weights are tried with 8 bits at most
+    layers = sensitivity(branches, BATCHES[:1], lambda model: float(model.training), kinds=["layer", "weight"], bits=4)
+    assert {e.alone_on for e in layers} == {0.0}, "the metric is given models in eval mode"
+    assert layers.worst(1, bits=4) and layers.worst(1, kind="layer")
+    with pytest.raises(qdq.QdqError, match="nothing was tried at 4 bits: layers have their own bits alone"):
+        layers.worst(1, kind="layer", bits=4)
     assert result.worst(1, bits=4) == list(next(e for e in result if e.bits == 4).patterns)
     assert result.find("fc.weight_quantizer", 4) == tried["fc.weight_quantizer", 4]
 
@@ -449,12 +462,17 @@ def test_wrong_calls(branches: fx.GraphModule) -> None:
     for kinds in ("bias", ["weight", "bias"]):
         refused("kinds must be one or more of activation, weight, layer, not 'bias'", branches, BATCHES, kinds=kinds)
     refused(r"kinds must be one or more of .*, not \[\]", branches, BATCHES, kinds=[])
+    for kinds in (5, None, [3]):
+        refused("kinds must be one or more of .*, not (5|None|3)", branches, BATCHES, kinds=kinds)
     for size in (0, -1, 2.0, True):
         refused("samples_at_once must be a positive integer or None", branches, BATCHES, samples_at_once=size)
     refused("float_model must be the float model .* not a quantized one", branches, BATCHES, float_model=branches)
     refused("float_model must be the float model .* not int", branches, BATCHES, float_model=1)
     refused("model is the float model itself", Branches(), BATCHES, float_model=Branches())
-    refused("float_model gives outputs of shapes .* not the same model", branches, BATCHES, float_model=Other())
+    refused("float_model is not the float model that model was made", branches, BATCHES, float_model=Other())
+    refused("bits are tried of activations and weights, and layers", branches, BATCHES, kinds=["layer"], bits=[4])
+    foreign = record_of(quantize(Other(), BATCHES)).statistics
+    refused("batches are statistics of another float model", branches, foreign, error=data)
     refused("one-shot iterator, and is gone through twice", Branches(), iter(BATCHES), error=data)
     for metric in (None, lambda m: 1.0):
         refused("batches holds no batch", branches, [], metric, error=data)

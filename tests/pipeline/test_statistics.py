@@ -6,6 +6,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from qdq.atomic_file import replaced_at_once
 from qdq.calib import HistogramCollector, Statistics, load, save
 from qdq.calib.statistics import SampleKeeper, count_samples, evenly_spread
 from qdq.errors import DataError
+from qdq.fingerprint import fingerprint
 from qdq.graph.record import record_of
 from qdq.recipe import Recipe
 
@@ -107,8 +110,14 @@ def other_activation() -> nn.Module:
     return model
 
 
+def other_eps() -> nn.Module:
+    model = small()
+    model[1].eps = 1e-3  # type: ignore[index]
+    return model
+
+
 @pytest.mark.parametrize(
-    "other", [lambda: small(1), lambda: small(width=4), fine_tuned, trained_further, other_activation]
+    "other", [lambda: small(1), lambda: small(width=4), fine_tuned, trained_further, other_activation, other_eps]
 )
 def test_statistics_of_another_model_are_refused(other, tmp_path: Path) -> None:
     path = save(quantize(small(), SMALL), tmp_path / "s")
@@ -133,6 +142,41 @@ def test_statistics_serve_the_same_model_however_it_is_quantized(tmp_path: Path)
     ):
         assert statistics_of(quantize(again, statistics, **options)).model == statistics.model
     assert len(qdq.sensitivity(again, statistics, progress=False))
+
+
+class Printing(nn.Module):
+    """Prints of itself what a test says, if it can."""
+
+    def __init__(self, told: str | None) -> None:
+        super().__init__()
+        self.told = told
+        self.extra = nn.ParameterList([nn.Parameter(torch.ones(1))])
+
+    def extra_repr(self) -> str:
+        if self.told is None:
+            raise RuntimeError("not now")
+        return self.told
+
+
+def test_what_a_module_prints_counts_where_every_process_prints_it() -> None:
+    def mark(told: str | None) -> str:
+        return fingerprint(Printing(told))
+
+    assert mark("slope=0.1") != mark("slope=0.2")
+    for other in ("<object at 0x7f3a>", "device=cuda:0", "device=cpu", "names={'b', 'a'}", None):
+        assert mark(other) == mark("")
+
+
+def test_modes_and_the_process_do_not_tell_models_apart() -> None:
+    program = (
+        "import torch; from torch import nn; from qdq.fingerprint import fingerprint; torch.manual_seed(0)\n"
+        "print(fingerprint(nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Dropout(0.5), nn.BatchNorm1d(8))))"
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Dropout(0.5), nn.BatchNorm1d(8))
+    assert fingerprint(model.train()) == fingerprint(model.eval()) == fingerprint(model.requires_grad_(False))
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == fingerprint(model)
 
 
 def test_buffers_that_are_not_saved_do_not_tell_models_apart() -> None:
@@ -379,11 +423,22 @@ def test_saving_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         save("statistics", tmp_path / "m")
     with pytest.raises(DataError, match="the folder of .* does not exist"):
         save(Statistics({}, []), tmp_path / "none" / "m")
+    with pytest.raises(DataError, match="cannot be written: it is a folder; give the path of a file"):
+        save(Statistics({}, []), "")
     with pytest.raises(DataError, match="batch 0 holds a complex, which cannot be saved"):
         save(Statistics({}, [((1j,), {})]), tmp_path / "m")
     with pytest.raises(DataError, match="batch 1 holds a dict with keys that are no strings"):
         save(Statistics({}, [((), {}), (({1: 2},), {})]), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="it is a device or a pipe, which a file would replace"):
+        save(Statistics({}, []), path)
+    assert path.is_fifo()
 
 
 def test_an_unwritable_place_leaves_nothing(tmp_path: Path) -> None:
@@ -434,7 +489,7 @@ def test_the_first_error_is_told_where_the_temporary_file_is_gone(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    histogram = HistogramCollector(16)
+    histogram = HistogramCollector()
     histogram.collect(torch.tensor([-1.0, 0.0, 0.5, 3.0]))
     samples = [((torch.zeros(2, 3), 1, 2.5, None, "a", [True]), {"mask": torch.ones(2)})]
     folder = tmp_path_factory.mktemp("statistics")
@@ -482,6 +537,16 @@ def _set(*keys: str | int, value: object):
         (_set("histograms", "a", "first", value=-9), "a range that its bins do not cover"),
         (_set("histograms", "a", "min", value="nan"), "has no finite range"),
         (_set("histograms", "a", "min", value=None), "has the number None"),
+        (_set("histograms", "a", "num_bins", value=8192), "impossible number of bins"),
+        (_set("histograms", "a", "exponent", value=1024), "has an impossible number"),
+        (_set("histograms", "a", "exponent", value=1000), "a range that its bins do not cover"),
+        (_set("histograms", "a", "max", value=(2.0**10).hex()), "a range that its bins do not cover"),
+        (_set("histograms", "a", "zeros", value=3), "has more zeros than the bin of zero holds"),
+        (_set("histograms", "a", "nonfinite", value=7), "counts 7 NaN or infinite values"),
+        (_set("histograms", "b", "min", value="nan"), "has no finite range"),
+        (_set("histograms", "b", "max", value=(1.0).hex()), "has no finite range"),
+        (_set("histograms", "b", "zeros", value=1), "has an impossible number"),
+        (_set("histograms", "b", "first", value=-1), "a range that its bins do not cover"),
         (_set("samples", 0, value={"tuple": []}), "batch 0 does not hold arguments and keyword arguments"),
         (_set("samples", 0, value=7), "batch 0 is damaged"),
         (_set("samples", 0, value={"tensor": "none"}), "batch 0 lacks its tensor 'none'"),

@@ -164,6 +164,61 @@ def test_a_pattern_that_matches_nothing_is_an_error(options: dict[str, Any]) -> 
         quantize(Residual().eval(), [IMAGE], recipe=qdq.Recipe(**options))
 
 
+def test_modules_that_compute_nothing_in_eval_mode_may_be_named() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    plain = quantize(model, [IMAGE])
+    named = quantize(model, [IMAGE], recipe=qdq.Recipe(exclude=("1", "2"), overrides={"[12]": {"calibration": "max"}}))
+    assert plain.state_dict().keys() == named.state_dict().keys()
+    with pytest.raises(
+        qdq.RecipeError, match=r"'5' matches no module of the model; modules are such as \['0', '3', '4'"
+    ):
+        quantize(model, [IMAGE], recipe=qdq.Recipe(exclude=("5",)))
+
+
+class Tied(nn.Module):
+    """A table whose weight is also that of the head; the module that is made last gives the weight its name."""
+
+    def __init__(self, head_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("head", "table") if head_first else ("table", "head"):
+            self.add_module(name, nn.Linear(8, 12, bias=False) if name == "head" else nn.Embedding(12, 8))
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).tanh())
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_overrides_of_a_tied_weight_hold_for_it_whichever_reader_they_name(head_first: bool) -> None:
+    model, ids = Tied(head_first).eval(), torch.arange(12).reshape(3, 4)
+    four, six = ({"weights": {"num_bits": bits}} for bits in (4, 6))
+    same = {"table": four, "head": four}
+    for overrides in ({"head": four}, {"table": four}, same):
+        qmodel = quantize(model, [ids], recipe=qdq.Recipe(overrides=overrides))
+        assert [q.num_bits for q in modules(qmodel, WeightQuantizer).values()] == [4], overrides
+    for overrides in ({"head": four, "table": six}, {"table": six, "head": four}):
+        told = r"overrides: 'table' and 'head' read the same weight '\w+\.weight', but are to have 6 bits and 4 bits"
+        with pytest.raises(qdq.RecipeError, match=told):
+            quantize(model, [ids], recipe=qdq.Recipe(overrides=overrides))
+
+
+@pytest.mark.parametrize("sizes", [(4, 0, 3), (4, 5, 0)])
+def test_layers_without_weights_stay_in_float(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    first, hidden, last = sizes
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.Sequential(nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, last)).eval()
+    qmodel = quantize(model, [randn(6, 4)])
+    assert any("its weight holds no values" in entry.reason for entry in qdq.explain(qmodel))
+    assert run_file(qdq.export_onnx(qmodel, tmp_path / "m.onnx"), [randn(6, 4)])[0].shape == (6, last)
+
+
+@pytest.mark.parametrize("target", [["onnxruntime"], None, 3, "tflite"])
+def test_targets_that_there_are_not_are_refused(target: Any) -> None:
+    with pytest.raises(qdq.RecipeError, match="unknown target .*; known targets: onnxruntime, openvino, tensorrt"):
+        find_target(target)
+
+
 @pytest.mark.parametrize("method", ["max", "percentile", "mse", "entropy"])
 def test_every_calibration_method_gives_a_usable_model(method: str) -> None:
     model = Residual().eval()

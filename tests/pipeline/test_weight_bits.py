@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,8 @@ import qdq
 from fixtures import fashion
 from fixtures.classifiers import s1
 from fixtures.transformers import MaskedEncoder, masked_sequences
-from pipeline.helpers import quantize, randn, run_model, sqnr_db
-from qdq import Override, QuantDescriptor, Recipe, RecipeError, TensorQuantizer
+from pipeline.helpers import operations, optimized_graph, quantize, randn, run_file, run_model, sqnr_db
+from qdq import Override, QuantDescriptor, Recipe, RecipeError
 from qdq.constant_quantizers import WeightQuantizer
 from qdq.integer_operations import BlockRounding
 
@@ -145,11 +147,15 @@ def test_recipes_by_hand() -> None:
         ({"weights": QuantDescriptor(block_size=32)}, r"^weights.block_size=32 needs axis=0: blocks are parts of"),
         (
             {"weights": QuantDescriptor(axis=0, block_size=24)},
-            "^weights.block_size must be a power of two from 16, .* 24",
+            "^weights.block_size must be a power of two from 16 to 256, .* 24",
+        ),
+        (
+            {"weights": QuantDescriptor(4, axis=0, block_size=512)},
+            "^weights.block_size must be a power of two from 16 to 256, .* 512",
         ),
         (
             {"weights": QuantDescriptor(axis=0, block_size=8)},
-            "^weights.block_size must be a power of two from 16, .* 8",
+            "^weights.block_size must be a power of two from 16 to 256, .* 8",
         ),
         (
             {"activations": QuantDescriptor(block_size=32)},
@@ -168,15 +174,11 @@ def test_impossible_blocks_are_refused(fields: dict[str, Any], message: str) -> 
         Recipe(**fields)
 
 
-def test_modules_refuse_blocks_and_float_activations() -> None:
+def test_modules_refuse_float_activations() -> None:
     model = nn.Sequential(nn.Linear(32, 4))
-    with pytest.raises(RecipeError, match=r"^weights.block_size=32 is for qdq.quantize: modules have one amax"):
-        qdq.nn.quantize_modules(model, Recipe(weights=DESCRIPTOR))
     with pytest.raises(RecipeError, match=r"^overrides\['0'\].activations=\"float\" is for qdq.quantize: in modules"):
         qdq.nn.quantize_modules(model, Recipe(overrides={"0": Override(activations="float")}))
     assert type(model[0]) is nn.Linear
-    with pytest.raises(ValueError, match="block_size=32 is for weights of qdq.quantize: a TensorQuantizer has one"):
-        TensorQuantizer(DESCRIPTOR)
 
 
 def test_descriptors_check_and_keep_the_block_size() -> None:
@@ -237,3 +239,51 @@ def test_integer_activations_beside_blocks() -> None:
     assert explanation.find("0.weight").reason.startswith("QLinearConv")
     assert "no integer kernel takes step sizes per block" in explanation.find("3.weight").reason
     assert "no integer kernel takes step sizes per block" in explanation.find("linear").reason
+
+
+class EveryWidth(nn.Module):
+    """For each width of weights a convolution and a linear behind it, each pair with an output of its own."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 10)) for _ in range(count)
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(pair(x) for pair in self.pairs)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_weights_of_2_to_7_bits_run_as_simulated_beside_integer_activations(
+    activation_bits: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    widths = range(2, 8)
+    model: Any = EveryWidth(len(widths)).eval()
+    for pair in model.pairs[1:]:
+        pair.load_state_dict(model.pairs[0].state_dict())
+    data = [randn(16, 8, 6, 6, seed=seed) for seed in range(2)]
+    recipe = Recipe(
+        activations=QuantDescriptor(activation_bits),
+        calibration="max",
+        algorithms={},
+        overrides={
+            f"pairs.{i}": {"weights": QuantDescriptor(bits, axis=0, narrow_range=True)} for i, bits in enumerate(widths)
+        },
+    )
+    qmodel = quantize(model, data, recipe=recipe)
+    path = qdq.export_onnx(qmodel, tmp_path / "m.onnx")
+    for i, bits in enumerate(widths):
+        for name in (f"pairs.{i}.0", f"pairs.{i}.3"):
+            quantizer: Any = qmodel.get_submodule(f"{name}.weight_quantizer")
+            assert int(quantizer.codes(qmodel.get_parameter(f"{name}.weight")).abs().max()) == 2 ** (bits - 1) - 1
+    unseen = randn(16, 8, 6, 6, seed=9)
+    exact, simulated, given = run_model(model, [unseen]), run_model(qmodel, [unseen]), run_file(path, [unseen])
+    executed = operations(optimized_graph(path))
+    for operator in ("QLinearConv", "QGemm") if activation_bits == 8 else ("Conv", "Gemm"):
+        assert executed[operator] == len(widths)
+    assert min(sqnr_db([a], [b]) for a, b in zip(simulated, given, strict=True)) > 100
+    # Each bit is worth 6 dB, less what the activations cost.
+    quality = [sqnr_db([a], [b]) for a, b in zip(exact, given, strict=True)]
+    assert quality[0] > 5 and all(more > fewer + 2.5 for fewer, more in pairwise(quality))

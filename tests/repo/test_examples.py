@@ -64,6 +64,17 @@ def test_digits(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "demo-out").iterdir()} == {"example.fp32.onnx", "example.int8.onnx"}
 
 
+@pytest.mark.slow
+def test_four_bit_weights(tmp_path: Path) -> None:
+    done = run(EXAMPLES / "four_bit_weights.py", tmp_path, "--budget", "10min")
+    assert done.returncode == 0, done.stdout + done.stderr
+    float32, plain, by_hand, in_float, deployed = percentages(done.stdout)
+    assert plain < float32 and plain <= by_hand
+    assert deployed > 95 and deployed > in_float - 2
+    assert "block1.conv1.weight_quantizer" in done.stdout and "goal" in done.stdout
+    assert {"four_bits.onnx", "four_bits.statistics.safetensors"} == {p.name for p in (tmp_path / "demo-out").iterdir()}
+
+
 def test_failure_is_an_exit_code(tmp_path: Path) -> None:
     """Training that cannot raise the accuracy (no epochs at all) must not pass."""
     done = run(EXAMPLES / "qat_cnn_old_style.py", tmp_path, "--epochs", "1", "--qat-epochs", "0")

@@ -32,19 +32,31 @@ def target_and_recipe(target: str, recipe: Path | None) -> tuple[str, qdq.Recipe
     """The target's name and the recipe, both known to be valid.
 
     Raises:
-        UsageError: an unknown target, or a recipe file that is missing or malformed.
+        UsageError: an unknown target, or a recipe that is missing or malformed or that no model can be deployed by.
     """
+    from qdq.algorithms.registry import algorithms_of
     from qdq.errors import RecipeError
-    from qdq.graph.targets import find_target
+    from qdq.graph.targets import check_activation_bits, find_target
+    from qdq.tuning.latency import check_tunable
 
     try:
-        return find_target(target).name, qdq.Recipe() if recipe is None else qdq.Recipe.load(recipe)
+        chosen, rules = find_target(target), qdq.Recipe() if recipe is None else qdq.Recipe.load(recipe)
+        rules.check_deployable()
+        check_activation_bits(chosen, rules)
+        algorithms_of(rules.algorithms)
+        check_tunable(rules, chosen)
+        return chosen.name, rules
     except RecipeError as error:
         raise UsageError(str(error)) from error
 
 
-def check_writable(path: Path) -> None:
-    """Raises UsageError if ``path`` cannot become a file: found out before the model is calibrated, not after."""
+def check_writable(path: Path, *endings: str) -> None:
+    """Raises UsageError if ``path`` cannot become a file: found out before the model is calibrated, not after.
+
+    Args:
+        path: of an ONNX file, or of one with one of these endings.
+        endings: where it is none of an ONNX file.
+    """
     folder = path.parent
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
@@ -52,8 +64,26 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UsageError(f"cannot write {path}: permission denied")
-    if path.suffix != ".onnx":
+    if path.exists() and not path.is_file():
+        raise UsageError(f"cannot write {path}: it is a device or a pipe, which a file would replace")
+    if endings and path.suffix not in endings:
+        raise UsageError(f"{path}: its name must end in {' or '.join(endings)}")
+    if not endings and path.suffix != ".onnx":
         raise UsageError(f"{path}: the name of an ONNX file must end in .onnx")
+
+
+def resulting_recipe(qmodel: torch.nn.Module, given: qdq.Recipe, path: Path | None) -> str:
+    """Writes the recipe that a model was quantized by, if a path is given, and says in a line where it is."""
+    from qdq.atomic_file import replaced_at_once
+
+    found = qdq.explain(qmodel).recipe
+    assert found is not None
+    tuned = f"tuned: {len(found.exclude)} patterns are left in float; " if given.tune else ""
+    if path is None:
+        return f"{tuned}--save-recipe FILE keeps this recipe, as another run may measure otherwise"
+    with replaced_at_once(path) as temporary:
+        temporary.write_text(found.to_yaml(), encoding="utf-8")
+    return f"{tuned}saved to {path}, with which the file can be made and verified again"
 
 
 def check_readable(path: Path) -> None:

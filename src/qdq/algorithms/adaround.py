@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..errors import RecipeError
 from ..recipe import matches
-from .algorithm import Algorithm, Samples
+from .algorithm import Algorithm
 from .local_search import local_search
 from .option_checks import check_integer, check_patterns, check_real
 from .output_error import OutputError
@@ -67,18 +67,15 @@ class AdaRound(Algorithm):
         check_real("warmup", self.warmup, least=0.0, below=1.0)
         check_patterns("layers", self.layers)
 
-    def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
-        """Changes nothing.
-
-        Raises:
-            RecipeError: a pattern of `layers` names no layer.
+    def check(self, graph: fx.Graph) -> None:
+        """Raises:
+        RecipeError: a pattern of `layers` names no layer.
         """
         # Those of layers that stay in float, too: the same recipe may exclude what it named before.
-        names = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
+        names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
         for pattern in self.layers or ():
             if not any(matches(pattern, name) for name in names):
                 raise RecipeError(f"algorithms['adaround']: the pattern {pattern!r} of layers names no layer")
-        return set()
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Sets the layer's weight to the chosen codes times the step sizes, which stay."""

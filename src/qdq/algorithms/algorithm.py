@@ -17,9 +17,9 @@ Samples = Sequence[Sequence[Any]]
 class Algorithm:
     """A published method of post-training quantization; the options are its fields (a frozen dataclass).
 
-    The algorithms of a recipe are applied in its order. First `prepare` of each, on the whole graph, with weights and
-    activations in float; then one `Walk` with all of them as visitors, then `finish` of each. A
-    subclass overrides what it needs.
+    The algorithms of a recipe are applied in its order. `check` of each comes before calibration. After it comes first
+    `prepare` of each, on the whole graph, with weights and activations in float; then one `Walk` with all of them as
+    visitors, then `finish` of each. A subclass overrides what it needs.
 
     Attributes:
         name: in recipes.
@@ -30,6 +30,13 @@ class Algorithm:
     name: ClassVar[str]
     citation: ClassVar[str]
     walk_samples: ClassVar[int] = MOST_SAMPLES
+
+    def check(self, graph: fx.Graph) -> None:
+        """Refuses options that do not fit a captured model.
+
+        Raises:
+            RecipeError: it says which.
+        """
 
     def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
         """Changes the graph's float weights (and what is to be changed with them), leaving its function as it is.

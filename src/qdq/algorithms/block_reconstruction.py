@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..modes import out_of_inference
 from ..progress import track
 from .adaround import AdaRound
 from .algorithm import Algorithm
@@ -38,7 +39,8 @@ class BlockReconstruction(Algorithm):
     the other: each reads what the quantized model has made of its input.
 
     It starts from `AdaRound` of the block's layers, one after the other; a block with a single layer is left at that.
-    A block whose output would end with a larger error on the samples keeps the codes that it started from.
+    A block whose output would end with a larger error on the samples keeps the codes that it started from. So does one
+    whose output is no float tensor, or depends on its weights through no gradient (a comparison).
 
     All this comes after the walk, in place of what algorithms that choose codes have done there; step sizes stay. A
     bias that was corrected in the walk is corrected anew, as the inputs of its layer have changed.
@@ -70,9 +72,10 @@ class BlockReconstruction(Algorithm):
 
     def finish(self, walk: Walk, progress: bool = True) -> None:
         """Sets the weights of all layers to the chosen codes times the step sizes."""
-        first, blocks = blocks_of(walk.graph_module, layers_of(walk.graph_module))
-        states = _start(walk, first)
-        with torch.no_grad():
+        # In inference mode nothing can be learned.
+        with torch.inference_mode(False), torch.no_grad():
+            first, blocks = blocks_of(walk.graph_module, layers_of(walk.graph_module))
+            states = _start(walk, first)
             for index, block in enumerate(track(blocks, "reconstructing blocks", len(blocks), progress)):
                 for state in states:
                     run_in_float(walk, block.nodes, state.in_float)
@@ -85,7 +88,8 @@ class BlockReconstruction(Algorithm):
     def _settle(self, walk: Walk, block: Block, states: Sequence[_State]) -> None:
         _round_layers(walk, block, states)
         layers = [layer for layer in block.layers.values() if walk.parameter(layer.weight).numel()]
-        if len(layers) < 2 or not isinstance(states[0].in_float[block.output], Tensor):
+        output = states[0].in_float[block.output]
+        if len(layers) < 2 or not isinstance(output, Tensor) or not output.is_floating_point():
             return
         rounded = {layer.weight: walk.parameter(layer.weight) for layer in layers}
         before = _error(walk, block, states)
@@ -108,6 +112,8 @@ class BlockReconstruction(Algorithm):
             for step, position in enumerate(_order(len(states), self.steps, self.seed)):
                 weights = {r.path: r.soft(v) for r, v in zip(roundings, variables, strict=True)}
                 loss = _loss(walk, block, states[position], weights) / size
+                if not loss.requires_grad:  # the output is compared or counted: no weight moves it
+                    return
                 if step >= first:
                     passed = (step - first) / (self.steps - first)
                     penalty = torch.stack([rounding_penalty(v, passed).sum() for v in variables]).sum()
@@ -159,13 +165,12 @@ def _start(walk: Walk, first: Sequence[fx.Node]) -> list[_State]:
     placeholders = [n for n in first if n.op == "placeholder"]
     others = [n for n in first if n.op != "placeholder"]
     states = []
-    with torch.no_grad():
-        for batch in walk.batches:
-            given = dict(zip(placeholders, batch, strict=True))
-            state = _State(dict(given), dict(given))
-            run_quantized(walk, others, state.quantized)
-            run_in_float(walk, others, state.in_float)
-            states.append(state)
+    for batch in walk.batches:
+        given = dict(zip(placeholders, out_of_inference(batch), strict=True))
+        state = _State(dict(given), dict(given))
+        run_quantized(walk, others, state.quantized)
+        run_in_float(walk, others, state.in_float)
+        states.append(state)
     return states
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..modes import out_of_inference
 from ..passing import passing
 from ..progress import track
 from .algorithm import Algorithm
@@ -88,6 +89,9 @@ class FineTuning(Algorithm):
                 }
                 index = trained_on[position]
                 loss = _relative_error(_outputs(walk, walk.batches[index], parameters), wanted[index])
+                if not loss.requires_grad:
+                    logger.warning("fine_tuning leaves the weights as they are: no float output depends on them")
+                    return
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
@@ -154,8 +158,7 @@ def _outputs(walk: Walk, batch: Sequence[Any], parameters: Mapping[str, Tensor])
     # A tensor that was made in inference mode takes part in no gradient; its copy does.
     others = {path: x.clone() for path, x in _state(module) if x.is_inference()}
     others |= {f"graph_module.{path}": value for path, value in parameters.items()}
-    values = [x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in batch]
-    outputs = functional_call(module, others, tuple(values))
+    outputs = functional_call(module, others, tuple(out_of_inference(batch)))
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
 from .algorithm import Algorithm
 from .option_checks import check_integer, check_real
 from .output_error import OutputError
@@ -53,11 +54,22 @@ class GPTQ(Algorithm):
         check_integer("seed", self.seed, least=0)
 
     def visit_layer(self, visit: LayerVisit) -> None:
-        """Sets the layer's weight to the chosen codes times the step sizes, which stay."""
+        """Sets the layer's weight to the chosen codes times the step sizes, which stay.
+
+        Raises:
+            CalibrationError: the damping is too small for the layer's inputs.
+        """
         error = OutputError(visit, self.positions, self.seed)
         if error.constant.numel() and error.count:
             least, most = limit_rows(visit, error)
-            keep_better(visit, error, self.codes(error.rows, error.hessian, step_rows(visit, error), least, most))
+            try:
+                codes = self.codes(error.rows, error.hessian, step_rows(visit, error), least, most)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise CalibrationError(
+                    f"gptq: the inputs of layer {visit.layer.name!r} leave its Hessian singular with damping="
+                    f"{self.damping:g}: raise it (0.01 is the default), or calibrate with more samples"
+                ) from None
+            keep_better(visit, error, codes)
 
     def codes(self, rows: Tensor, hessian: Tensor, step: Tensor, least: Tensor, most: Tensor) -> Tensor:
         """The chosen codes.

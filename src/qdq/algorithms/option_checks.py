@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+
+# A seed of PyTorch, and the size of a tensor, is an integer of 64 bits.
+_MOST = 2**63 - 1
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Refuses what is no integer, or a smaller one.
+    """Refuses what is no integer, a smaller one, or one that is none of 64 bits.
 
     Raises:
         ValueError: it names the option.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+    if value > _MOST:
+        raise ValueError(f"{name} must be an integer of at most {_MOST}, not {value!r}")
 
 
 def check_real(
@@ -28,11 +34,12 @@ def check_real(
         for word, limit in (("at least", least), ("above", above), ("below", below))
         if limit is not None
     ]
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if good and isinstance(value, (int, float)):
-        good = (least is None or value >= least) and (above is None or value > above)
-        good = good and (below is None or value < below)
-    if not good:
+    number = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond all floats is no finite number
+            number = float(value)
+    good = math.isfinite(number) and (least is None or number >= least)
+    if not good or (above is not None and number <= above) or (below is not None and number >= below):
         raise ValueError(f"{name} must be a number {' and '.join(rules)}, not {value!r}")
 
 

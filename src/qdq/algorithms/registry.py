@@ -49,7 +49,7 @@ def _algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
         raise RecipeError(f"algorithms: unknown algorithm {name!r}; known are {', '.join(sorted(ALGORITHMS))}")
     kind = ALGORITHMS[name]
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(known), key=str)
     if unknown:
         told = f"its options are {', '.join(known)}" if known else "it has none"
         raise RecipeError(f"algorithms[{name!r}]: unknown option {unknown[0]!r}; {told}")

@@ -128,8 +128,7 @@ class SmoothQuant(Algorithm):
         def readings(factors: Tensor, trial: bool) -> list[Reading]:
             module, call = scaling.graph_module, one.quantizer_call
             return [
-                Reading(module, call, layer, scaling.value(layer.weight), seen, factors, trial)
-                for layer in one.readers
+                Reading(module, call, layer, scaling.value(layer.weight), seen, factors, trial) for layer in one.readers
             ]
 
         if self.alpha == "auto":

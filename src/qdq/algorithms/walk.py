@@ -27,11 +27,14 @@ Values = list[Any]
 class LayerVisit:
     """What is known where the walk reaches a layer.
 
+    All tensors have the dtype of the model, float32, and its device. Inputs are [batch, channels, ...] of convolutions
+    and [..., channels] of linears, outputs alike; weights and biases have the shapes of the model's parameters.
+
     Attributes:
         layer: the layer.
         node: that computes it.
         inputs: what the quantized model gives it, one tensor per batch.
-        float_inputs: what the float model gives it.
+        float_inputs: what the float model gives it, of the same shapes.
     """
 
     def __init__(self, walk: Walk, layer: Layer, node: fx.Node, inputs: Values, float_inputs: Values) -> None:
@@ -42,7 +45,7 @@ class LayerVisit:
 
     @property
     def float_outputs(self) -> Values:
-        """What the layer gives in the float model, one tensor per batch."""
+        """What the layer gives in the float model, one tensor per batch; `layer.output_axis` holds the channels."""
         if self._float_outputs is None:
             weight, bias = self.float_weight, self.float_bias
             self._float_outputs = [self.layer.run(x, weight, bias) for x in self.float_inputs]
@@ -81,7 +84,10 @@ class LayerVisit:
 
     @property
     def input_step(self) -> Tensor | None:
-        """The step size of the layer's input where its bias is stored as integers, whose step size it is part of."""
+        """The step size (0-d) of the layer's input where its bias is stored as integers, whose step size it is part of.
+
+        None where the layer has no such bias.
+        """
         bias = self.node.args[2] if len(self.node.args) > 2 else None
         if not isinstance(bias, fx.Node) or bias.op != "call_module":
             return None
@@ -100,7 +106,7 @@ class LayerVisit:
         return self._outputs
 
     def set_weight(self, weight: Tensor) -> None:
-        """Replaces the weight of the quantized model."""
+        """Replaces the weight of the quantized model by one of its size."""
         self.forget_outputs()
         self.walk.replace(self.layer.weight, weight)
 
@@ -109,7 +115,7 @@ class LayerVisit:
         self._outputs = None
 
     def set_bias(self, bias: Tensor) -> None:
-        """Replaces the bias of the quantized model, which must have one."""
+        """Replaces the bias of the quantized model, which must have one, by another of its size."""
         assert self.layer.bias is not None
         self.walk.replace(self.layer.bias, bias)
 
@@ -119,8 +125,8 @@ class TensorVisit:
 
     Attributes:
         quantizer: the quantizer.
-        values: the tensor in the quantized model, before it is quantized, one per batch.
-        float_values: the tensor in the float model.
+        values: the tensor in the quantized model, before it is quantized, one per batch: float32, of any shape.
+        float_values: the tensor in the float model, of the same shapes.
         readers: the layers that read the quantized tensor.
         others: how many other operations read it.
         shared: whether the quantizer has other tensors to quantize as well.

@@ -36,6 +36,8 @@ def metric_sensitivity(
 ) -> Sensitivity:
     """Runs the metric on the float model, on the quantized one, and on each with one quantizer switched.
 
+    That is twice in all, twice per quantizer, and twice per quantizer and number of other bits.
+
     Args:
         graph_module: what `qdq.quantize` returned; it is not changed.
         metric: takes a model, which is called as the user's own is, and gives a number: the larger the better.
@@ -75,11 +77,11 @@ def metric_sensitivity(
             switches.set(every - trial.quantizers, trial.replaced)
             with_it = _number(metric(model), f"the model with {trial.name} at {trial.bits} bits")
         entries.append(entry_of(trial, alone_on, difference(without[trial.quantizers], with_it), size))
-    return Sensitivity(in_order(entries), quantized, in_float)
+    return Sensitivity(in_order(entries), quantized, in_float, 0, tuple(kinds), tuple(bits))
 
 
 class _Model(StandIn):
-    """What a metric is given: called as the user's model is, it stays as it is whatever the metric does."""
+    """What a metric is given: called as the user's model is, in eval mode and on its device whatever is called."""
 
     def __init__(self, model: nn.Module, contract: InputContract) -> None:
         super().__init__(model, contract.signature)

@@ -56,6 +56,7 @@ class OutputSensitivity(StandIn):
         self.contract, self.progress, self.samples_at_once = contract, progress, samples_at_once
         # In a tuple, so that parameters() gives those of the model alone.
         self.float_model = (float_model,)
+        self.tried = tuple(kinds), tuple(bits)
         self.switches = QuantizerSwitches(graph_module)
         self.trials = trials_of(self.switches, record_of(graph_module), kinds, bits)
         self.graph = PartialRun(self.switches.model)
@@ -97,7 +98,7 @@ class OutputSensitivity(StandIn):
         for trial, size, on, off in zip(self.trials, self.elements, self.on, self.off, strict=True):
             gain = difference(own[trial.quantizers], off.db if trial.tried else whole)
             entries.append(entry_of(trial, on.db, gain, size))
-        return Sensitivity(in_order(entries), whole, None, self.samples)
+        return Sensitivity(in_order(entries), whole, None, self.samples, *self.tried)
 
     def _measure(self, inputs: Inputs) -> None:
         flat, count = self.contract.flatten(inputs), samples_of(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from typing import Any
 
 from ..errors import QdqError
@@ -48,12 +49,16 @@ class Sensitivity:
         quantized: SQNR in dB of the quantized model; or the user's metric of it.
         in_float: the user's metric of the float model; None for SQNR.
         samples: how many samples were run (dimension 0 of the first input); 0 for a user's metric.
+        kinds: what was tried.
+        bits: at which quantizers were tried besides their own.
     """
 
     entries: tuple[QuantizerSensitivity, ...]
     quantized: float
     in_float: float | None = None
     samples: int = 0
+    kinds: tuple[str, ...] = KINDS
+    bits: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[QuantizerSensitivity]:
         return iter(self.entries)
@@ -84,19 +89,26 @@ class Sensitivity:
         """Patterns of the first `count` entries: `Recipe(exclude=result.worst(3))` keeps what they name in float.
 
         Args:
-            count: of entries; an activation may give several patterns, as all operations that compute with its codes
-                have to leave them.
+            count: of entries, 0 or more; an activation may give several patterns, as all operations that compute with
+                its codes have to leave them.
             kind: only of this kind.
             bits: at this number of bits; None means the model's own.
 
         Raises:
-            QdqError: an unknown kind.
+            QdqError: a count that is no integer, an unknown kind, or a kind or bits that were not tried.
         """
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+            raise QdqError(f"count must be a number of entries, 0 or more, not {count!r}")
         if kind is not None and kind not in KINDS:
             raise QdqError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        if kind is not None and kind not in self.kinds:
+            raise QdqError(f"no {kind} was tried: pass kinds={[*self.kinds, kind]} to qdq.sensitivity")
         meant = [e for e in self.entries if kind is None or e.kind == kind]
         meant = [e for e in meant if (not e.tried if bits is None else e.bits == bits)]
-        return list(dict.fromkeys(p for entry in meant[: max(count, 0)] for p in entry.patterns))
+        if not meant and bits is not None and (kind == "layer" or bits not in self.bits):
+            told = "layers have their own bits alone" if kind == "layer" else f"pass bits={bits!r} to qdq.sensitivity"
+            raise QdqError(f"nothing was tried at {bits!r} bits: {told}")
+        return list(dict.fromkeys(p for entry in meant[: int(count)] for p in entry.patterns))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON takes it; None for a value that is infinite (no error at all) or not a number."""

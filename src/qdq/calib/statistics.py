@@ -26,9 +26,12 @@ class Statistics:
     """What was seen of a model's activations, and a part of the inputs it was seen on.
 
     Attributes:
-        histograms: name of a tensor in the captured graph -> its histogram in the float model, over all data.
-        samples: inputs of the model, `(args, kwargs)` per batch, evenly spread over the data.
-        model: `qdq.fingerprint.fingerprint` of the float model; None where it is not known.
+        histograms: name of a tensor in the captured graph -> its histogram in the float model, over all data. The
+            `counts` of each are int64, of one dimension.
+        samples: inputs of the model, `(args, kwargs)` per batch, evenly spread over the data: at most 128 samples and
+            128 MiB, in the dtypes and on the device that they came in.
+        model: `qdq.fingerprint.fingerprint` of the float model, SHA-256 as hexadecimal text; None where it is not
+            known.
     """
 
     def __init__(
@@ -49,13 +52,16 @@ class Statistics:
         return self.samples[0]
 
     def check_model(self, fingerprint: str) -> None:
-        """Raises:
-        DataError: they are known to be of another model than the one of this fingerprint.
+        """Refuses to be used for another float model than the one of this fingerprint, if their own is known.
+
+        Raises:
+            DataError: it is another one.
         """
         if self.model is not None and self.model != fingerprint:
             raise DataError(
-                "these statistics are of another float model: its parameters, buffers or modules differ from those of "
-                "the model given; give the model that they were collected from, or batches, to calibrate this one anew"
+                "these statistics are of another float model: its parameters, buffers, modules or their settings "
+                "differ from those of the model given; give the model that they were collected from, or batches, to "
+                "calibrate this one anew"
             )
 
     def to(self, device: torch.device) -> Statistics:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from .statistics import Inputs, Statistics
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "qdq.statistics", 1
-# Bins of a collector: more is no histogram that this toolkit made.
-_MOST_BINS = 1 << 20
+# Of every histogram that a calibration pass collects: histograms of one quantizer are merged, so they have to agree.
+_NUM_BINS = HistogramCollector().num_bins
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -35,6 +36,9 @@ def save(statistics: Any, path: str | os.PathLike[str]) -> Path:
     Args:
         statistics: a `Statistics`, or a model that `qdq.quantize` returned, whose statistics are meant.
         path: of the file; its folder must exist.
+
+    Returns:
+        The path.
 
     Raises:
         DataError: not statistics, no statistics in the model, inputs that are no tensors, tuples, lists, dicts, numbers
@@ -52,8 +56,7 @@ def save(statistics: Any, path: str | os.PathLike[str]) -> Path:
     if found.model is not None:
         header["model"] = found.model
     path = Path(path)
-    if not path.parent.is_dir():
-        raise DataError(f"the folder of {str(path)!r} does not exist")
+    check_writable(path)
     try:
         with replaced_at_once(path) as temporary:
             save_file(tensors, temporary, metadata={"qdq": json.dumps(header)})
@@ -62,8 +65,33 @@ def save(statistics: Any, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_writable(path: Path) -> None:
+    """Raises:
+    DataError: no file can be written at `path`, or it would replace a device or a pipe.
+    """
+    told = repr(str(path))
+    if path.is_dir():
+        raise DataError(f"{told} cannot be written: it is a folder; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{told} cannot be written: it is a device or a pipe, which a file would replace")
+    if not path.parent.is_dir():
+        raise DataError(f"the folder of {told} does not exist")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise DataError(f"{told} cannot be written: permission denied")
+    try:
+        # Tried, as rights alone do not tell it: of the superuser, or of a file system that is read only.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"{told} cannot be written: {error.strerror or error}") from error
+
+
 def load(path: str | os.PathLike[str]) -> Statistics:
     """Reads what `save` wrote. Nothing in the file is executed.
+
+    Returns:
+        The statistics, all tensors on the CPU. Where the file does not say of which float model they are (files of
+        earlier versions), the log has a warning, and `model` is None: nothing then checks that yours is it.
 
     Raises:
         DataError: the file is missing, is damaged, is no statistics file, or is of a version that is not known here.
@@ -104,8 +132,9 @@ def _need(condition: bool, told: str) -> None:
 
 
 def _of_model(model: Any) -> Statistics:
-    record = getattr(model, "meta", {}).get("qdq") if isinstance(model, torch.nn.Module) else None
-    found = getattr(record, "statistics", None)
+    # The record of qdq.graph.record, which imports this package.
+    meta = getattr(model, "meta", None) if isinstance(model, torch.nn.Module) else None
+    found = getattr(meta.get("qdq"), "statistics", None) if isinstance(meta, dict) else None
     if not isinstance(found, Statistics):
         raise DataError(f"expected Statistics or a model that qdq.quantize returned, not {type(model).__name__}")
     return found
@@ -170,15 +199,18 @@ def _histogram(name: str, fields: Any, tensors: dict[str, Tensor]) -> HistogramC
     total, nonfinite, zeros, num_bins, first, exponent = (int(n) for n in numbers.values())  # type: ignore[arg-type]
     _need(isinstance(counts, Tensor) and counts.dtype == torch.int64 and counts.dim() == 1, f"{where} lacks counts")
     assert isinstance(counts, Tensor)
-    _need(2 <= num_bins <= _MOST_BINS and counts.numel() <= num_bins, f"{where} has an impossible number of bins")
+    _need(num_bins == _NUM_BINS and counts.numel() <= num_bins, f"{where} has an impossible number of bins")
     _need(bool((counts >= 0).all()) and int(counts.sum()) == total, f"{where} has counts that are not {total} in all")
-    _need(0 <= zeros <= total and nonfinite >= 0 and -126 <= exponent <= 1024, f"{where} has an impossible number")
+    _need(0 <= zeros <= total and nonfinite >= 0 and -126 <= exponent < 1024, f"{where} has an impossible number")
+    _need(nonfinite == 0, f"{where} counts {nonfinite} NaN or infinite values, with which nothing can be calibrated")
+    finite = math.isfinite(low) and math.isfinite(high) and low <= high
+    _need(finite if total else (low, high) == (math.inf, -math.inf), f"{where} has no finite range")
+    bins = HistogramCollector(num_bins)  # which follow from the range alone
     if total:
-        _need(math.isfinite(low) and math.isfinite(high) and low <= high, f"{where} has no finite range")
-        width = math.ldexp(1.0, exponent)
-        last = first + counts.numel()
-        inside = first <= 0 < last and first * width <= low and high < last * width
-        _need(inside, f"{where} has a range that its bins do not cover")
+        bins.collect(torch.tensor([low, high], dtype=torch.float64))
+    same = (bins.first, bins.exponent, bins.counts.numel()) == (first, exponent, counts.numel())
+    _need(same, f"{where} has a range that its bins do not cover")
+    _need(zeros <= (int(counts[-first]) if total else 0), f"{where} has more zeros than the bin of zero holds")
     return HistogramCollector.restored(
         num_bins=num_bins,
         counts=counts,

@@ -61,8 +61,8 @@ def calibrate_weights(
         raise TypeError(f"unknown method {method!r} for weights: choose one of {', '.join(METHODS)}")
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in the range 0 to 100, got {percentile}")
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
+        raise ValueError(f"num_bins must be an integer of at least 1, got {num_bins!r}")
     search = _Search(method, percentile, num_bins)
     found: list[tuple[Any, Tensor]] = []
     for path, module in model.named_modules():

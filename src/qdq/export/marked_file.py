@@ -36,6 +36,8 @@ OUTPUT = "output"
 
 # (name of the tensor, name of the operation that reads it, or OUTPUT) -> whether it reads codes.
 ReadsCodes = Callable[[str, str], bool]
+# Name of an operation -> whether something holds of it.
+Says = Callable[[str], bool]
 
 
 class MarkedFile:
@@ -76,13 +78,14 @@ class MarkedFile:
         found = _TOKEN.search(name)
         return (found[1], self.operations[int(found[2])]) if found else None
 
-    def save(self, path: Path, reads_codes: ReadsCodes, in_integers: Callable[[str], bool]) -> Path:
+    def save(self, path: Path, reads_codes: ReadsCodes, in_integers: Says, has_codes: Says) -> Path:
         """Writes the file of another placement.
 
         Args:
             path: of the file.
             reads_codes: for each tensor that has a quantizer and each reader of it.
             in_integers: whether an operation with a quantized weight or bias and quantized inputs keeps these.
+            has_codes: whether an operation with a quantized weight keeps that.
         """
         import onnx
 
@@ -94,15 +97,24 @@ class MarkedFile:
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 continue
             reader = self._owner.get(node.output[0], "")
+            in_float = bool(reader) and not has_codes(reader)
             weighted = [i for i, v in enumerate(node.input) if _codes(nodes, constants, v) is not None]
             activations = {i: raw for i, v in enumerate(node.input) if (raw := _raw(nodes, v)) is not None}
-            for position in weighted if activations and not in_integers(reader) else ():
+            for position in weighted if in_float or (activations and not in_integers(reader)) else ():
                 value = node.input[position]
                 if value not in floats:
                     floats[value] = f"{value}_in_float"
                     array = _dequantized(nodes[value], constants)
                     model.graph.initializer.append(onnx.numpy_helper.from_array(array, floats[value]))
                 node.input[position] = floats[value]
+            unpacked = _unpacked(node, nodes, constants) if in_float else None
+            if unpacked is not None:
+                plain, array = unpacked
+                constant = plain.input[0] if plain.op_type == "Gather" else plain.input[1]
+                if constant not in floats:
+                    floats[constant] = constant
+                    model.graph.initializer.append(onnx.numpy_helper.from_array(array, constant))
+                node.CopyFrom(plain)
             for position, raw in activations.items():
                 if not reads_codes(self._owner.get(raw, ""), reader):
                     node.input[position] = raw
@@ -259,6 +271,33 @@ def _dequantized(node: onnx.NodeProto, constants: dict[str, Any]) -> np.ndarray:
     elif step.ndim == 1:
         step = step.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
     return codes.astype(np.float32) * step
+
+
+def _unpacked(
+    node: onnx.NodeProto, nodes: dict[str, onnx.NodeProto], constants: dict[str, Any]
+) -> tuple[onnx.NodeProto, np.ndarray] | None:
+    """The float operation in place of one that computes from packed codes, and its weight; None for others."""
+    import onnx
+
+    if node.op_type == "MatMulNBits":
+        packed, step = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+        sizes = {a.name: int(onnx.helper.get_attribute_value(a)) for a in node.attribute}
+        codes = packed if sizes["bits"] == 8 else np.stack([packed & 15, packed >> 4], -1)
+        rows = codes.reshape(len(step), -1).astype(np.float32) - 2 ** (sizes["bits"] - 1)
+        weight = (rows * step[:, None]).reshape(sizes["N"], -1)[:, : sizes["K"]]
+        name = f"{node.input[1]}_in_float"
+        plain = onnx.helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
+        return plain, np.ascontiguousarray(weight.T)
+    if node.op_type != "Mul" or (cast := nodes.get(node.input[0])) is None or cast.op_type != "Cast":
+        return None
+    # Rows of an embedding's codes times their step sizes: see `QuantizedEmbedding`.
+    rows, steps = nodes.get(cast.input[0]), nodes.get(node.input[1])
+    if rows is None or steps is None or {rows.op_type, steps.op_type} != {"Gather"} or rows.input[0] not in constants:
+        return None
+    codes, step = (onnx.numpy_helper.to_array(constants[n.input[0]]) for n in (rows, steps))
+    table = f"{rows.input[0]}_in_float"
+    plain = onnx.helper.make_node("Gather", [table, rows.input[1]], node.output, node.name)
+    return plain, codes.astype(np.float32) * step
 
 
 def _drop_unused(model: onnx.ModelProto) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..batches import Inputs
 from ..errors import CaptureError, DataError
+from ..modes import out_of_inference
 from ..quiet import pytorch_internals
 from .canonical import CANONICAL_FORMS
 from .capture_errors import check_output, does_not_run, fixes_batch_of_one, not_captured
@@ -45,7 +46,8 @@ def capture(
     """
     model = eval_copy(model)
     # Where torch.export fails it leaves its marks (what is dynamic) on the tensors, and a second call would heed them.
-    inputs = cast(Inputs, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, dict(kwargs or {}))))
+    plain = out_of_inference((args, dict(kwargs or {})))
+    inputs = cast(Inputs, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, plain))
     check_example(*inputs)
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "static":
         raise DataError(f"dynamic_shapes must be None, 'static' or what torch.export takes, not {dynamic_shapes!r}")

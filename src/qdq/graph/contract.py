@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..batches import Inputs, describe
 from ..errors import DataError, QdqError
+from ..modes import out_of_inference
 from .capture import RANGES
 
 
@@ -99,7 +100,7 @@ class InputContract:
                 _check_tensor(name, leaf, expected)
             elif not isinstance(expected, Tensor):
                 _check_fixed(name, leaf, expected)
-        return inputs
+        return out_of_inference(inputs)
 
     def flatten(self, inputs: Inputs) -> list[Any]:
         """The inputs one by one, in the order of the graph's placeholders and of the exported file's inputs."""

@@ -10,6 +10,8 @@ from torch import fx
 
 from ..affine_quantizer import AffineQuantizer
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..descriptor import QuantDescriptor
+from ..errors import RecipeError
 from ..integer_operations import (
     BlockRounding,
     IntegerAdd,
@@ -94,7 +96,7 @@ class _Insertion:
         for node in self.plan.weighted:
             key = self._weight_key(node)
             if key not in self.weights:
-                self.weights[key] = self._new_weight_quantizer(node, key)
+                self.weights[key] = self._new_weight_quantizer(key)
             parameters[node.args[weight_position(node)[0]]] = self.weights[key]  # type: ignore[index]
         for node in self.plan.operations if self.target.integer_bias else ():
             bias = None if node in self.plan.wide else bias_of(node)
@@ -204,12 +206,31 @@ class _Insertion:
         block = block_size_of(node, self.recipe.weights_for(*names_of(node), node=node.name))
         return str(node.args[where[0]].target), where[1], block  # type: ignore[union-attr]
 
-    def _new_weight_quantizer(self, node: fx.Node, key: _WeightKey) -> str:
-        descriptor = self.recipe.weights_for(*names_of(node), node=node.name)
+    def _weight_descriptor(self, key: _WeightKey, readers: list[fx.Node]) -> QuantDescriptor:
+        """What the recipe says of a weight: an override for one of its readers holds for all of them."""
+        asked: list[tuple[fx.Node, QuantDescriptor]] = []
+        for node in readers:
+            # The weight bears the name of one of its readers; what is asked for another goes by that one's module.
+            named = ((module_path(node),), names_of(node))
+            found = (self.recipe.for_name(*names, node=node.name).weights for names in named)
+            asked += [(node, descriptor) for descriptor in found if descriptor is not None][:1]
+        codes = [(descriptor.num_bits, descriptor.axis is None) for _, descriptor in asked]
+        for (node, _), other in zip(asked, codes, strict=True):
+            if other != codes[0]:
+                first, second = (module_path(n) or n.name for n in (asked[0][0], node))
+                told = (f"{b} bits{' per tensor' if whole else ''}" for b, whole in (codes[0], other))
+                raise RecipeError(
+                    f"overrides: {first!r} and {second!r} read the same weight {key[0]!r}, but are to have "
+                    f"{' and '.join(told)}: it has codes of one kind, so give both the same weights"
+                )
+        return asked[0][1] if asked else self.recipe.weights
+
+    def _new_weight_quantizer(self, key: _WeightKey) -> str:
+        all_readers = [n for n in self.plan.weighted if self._weight_key(n) == key]
+        descriptor = self._weight_descriptor(key, all_readers)
         bits = int(descriptor.num_bits)  # type: ignore[arg-type]
         # Depthwise kernels widen before they multiply: nothing saturates there. Of several readers of one weight one
         # is enough.
-        all_readers = [n for n in self.plan.weighted if self._weight_key(n) == key]
         readers = [n for n in all_readers if self._may_be_integer(n)]
         reduced = self.reduce and any(not (self.target.pairs and is_depthwise(n)) for n in readers)
         if reduced and not self.target.pairs:

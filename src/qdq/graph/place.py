@@ -8,6 +8,8 @@ move values pass codes on. Rules are applied until nothing changes; each pass ca
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Collection
 
 from torch import fx
 
@@ -22,23 +24,48 @@ from .ops import (
     is_split,
     kind_of,
     operation_name,
+    value_of,
     weight_position,
 )
 from .plan import USUAL_BITS, Plan, block_size_of, names_of, tail
 from .targets import Rule, Target
 from .widths import set_widths
 
+logger = logging.getLogger(__name__)
+
 
 def place(graph: fx.Graph, target: Target, recipe: Recipe) -> Plan:
-    """Decides the placement for a folded graph.
-
-    Raises:
-        RecipeError: a pattern of the recipe matches nothing in the graph.
-    """
+    """Decides the placement for a folded graph."""
     nodes = [n for n in graph.nodes if n.op == "call_function"]
-    _check_patterns(graph, recipe)
     attention = target.attention if recipe.attention is None else recipe.attention
     return _Placement(nodes, target, recipe, attention).run()
+
+
+def check_patterns(graph: fx.Graph, recipe: Recipe, modules: Collection[str]) -> None:
+    """Refuses patterns of a recipe that name nothing.
+
+    Args:
+        graph: folded.
+        recipe: the patterns.
+        modules: paths of all modules of the user's model: some compute nothing in the graph, such as a dropout in eval
+            mode or a batch norm that was folded. A pattern of such modules alone changes nothing.
+
+    Raises:
+        RecipeError: it names the pattern, and modules of the model.
+    """
+    names = {name for node in graph.nodes for name in names_of(node)}
+    names |= {str(n.target) for n in graph.nodes if n.op in ("get_attr", "placeholder")}
+    nodes = {node.name for node in graph.nodes}
+    for pattern in recipe.patterns():
+        if pattern in nodes or any(matches(pattern, name) for name in names):
+            continue
+        if any(matches(pattern, module) for module in modules):
+            logger.info(
+                "recipe pattern %r matches modules that compute nothing in the graph, and changes nothing", pattern
+            )
+            continue
+        known = sorted(n for n in names if not n.endswith((".weight", ".bias")))[:8]
+        raise RecipeError(f"recipe pattern {pattern!r} matches no module of the model; modules are such as {known}")
 
 
 _LOCAL = (
@@ -119,7 +146,11 @@ class _Placement:
         if not self.recipe.for_name(*names_of(node), node=node.name).quantize:
             self.plan.floats[node] = "the recipe keeps it in float"
             return None
-        weighted = weight_position(node) is not None
+        where = weight_position(node)
+        weighted = where is not None
+        if where is not None and not value_of(node.args[where[0]]).numel():  # type: ignore[arg-type]
+            self.plan.floats[node] = "its weight holds no values"
+            return None
         if kind is Kind.MATMUL and not weighted and not attention:
             self.plan.floats[node] = "product of two activations: in float unless the recipe sets attention=True"
             return None
@@ -278,13 +309,3 @@ class _Placement:
 
     def target_follow(self) -> set[Kind]:
         return {r.kind for r in self.target.rules if r.role == "follow"}
-
-
-def _check_patterns(graph: fx.Graph, recipe: Recipe) -> None:
-    names = {name for node in graph.nodes for name in names_of(node)}
-    names |= {str(n.target) for n in graph.nodes if n.op in ("get_attr", "placeholder")}
-    nodes = {node.name for node in graph.nodes}
-    for pattern in recipe.patterns():
-        if pattern not in nodes and not any(matches(pattern, name) for name in names):
-            known = sorted(n for n in names if "." in n and not n.endswith((".weight", ".bias")))[:8]
-            raise RecipeError(f"recipe pattern {pattern!r} matches no module of the model; modules are such as {known}")

@@ -43,15 +43,21 @@ class Record:
     seen: Statistics | None = None
 
 
+def has_record(module: object) -> bool:
+    """Whether `qdq.quantize` made a module. An attribute `meta` of a user's own model may be anything."""
+    meta = getattr(module, "meta", None)
+    return isinstance(meta, dict) and isinstance(meta.get(KEY), Record)
+
+
 def record_of(graph_module: nn.Module) -> Record:
     """The record of a graph module.
 
     Raises:
         QdqError: the module was not made by `qdq.quantize`.
     """
-    record = getattr(graph_module, "meta", {}).get(KEY)
-    if not isinstance(record, Record):
+    if not has_record(graph_module):
         raise QdqError(
             f"expected a model that qdq.quantize returned, not a {type(graph_module).__name__}: quantize it first"
         )
+    record: Record = graph_module.meta[KEY]  # type: ignore[index,assignment]
     return record

@@ -217,7 +217,7 @@ def find_target(target: str | Target) -> Target:
     """
     if isinstance(target, Target):
         return target
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise RecipeError(f"unknown target {target!r}; known targets: {', '.join(TARGETS)}")
     return TARGETS[target]
 

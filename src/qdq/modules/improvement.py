@@ -20,7 +20,7 @@ from ..calibration import constants_in_float
 from ..errors import CalibrationError, DataError, QdqError
 from ..export.module_graph import has_quantizers
 from ..graph.example import runs_on
-from ..graph.record import KEY, record_of
+from ..graph.record import has_record, record_of
 from ..progress import track
 from ..recipe import Recipe
 from .view import ModuleView
@@ -69,7 +69,7 @@ def improve_modules(
     """
     if not isinstance(model, nn.Module):
         raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if KEY in getattr(model, "meta", {}):
+    if has_record(model):
         raise QdqError("model was returned by qdq.quantize, which applies algorithms itself: name them in its recipe")
     if not has_quantizers(model):
         raise CalibrationError("the model has no quantizers: convert it with qdq.nn.quantize_modules first")
@@ -78,6 +78,8 @@ def improve_modules(
     data = Batches(batches, signature_of(model.forward), inputs_of, runs_on(model))
     with torch.inference_mode(False), torch.no_grad():
         view = ModuleView(model, data.first(), recipe, dynamic_shapes)
+        for algorithm in asked:
+            algorithm.check(view.graph_module.graph)
         _tell(view, asked)
         samples = _samples(view, data, progress)
         _run(view, asked, samples, progress)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import numbers
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from ..calib.storage import check_writable
 from ..errors import DataError, QdqError, RecipeError
 from ..recipe import Recipe
+from .journal import statistics_path
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -25,8 +28,8 @@ def seconds_of(budget: Any) -> float:
         found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(s|min|h)\s*", budget)
         if found:
             return float(found[1]) * _UNITS[found[2]]
-    elif isinstance(budget, numbers.Real) and not isinstance(budget, bool) and float(budget) >= 0:
-        return float(budget)
+    elif _float(budget) >= 0:
+        return _float(budget)
     raise RecipeError(f'budget must be seconds or text such as "90s", "10min" or "1h", not {budget!r}')
 
 
@@ -36,12 +39,12 @@ def check_target(target: Any) -> float:
     Raises:
         QdqError: it is none.
     """
-    if isinstance(target, bool) or not isinstance(target, numbers.Real) or not 0 < float(target) <= 1:
+    if not 0 < _float(target) <= 1:
         raise QdqError(
             f"target must be a share of the float model's metric, above 0 and at most 1, not {target!r}; the runtime "
             "is deploy_target"
         )
-    return float(target)
+    return _float(target)
 
 
 def check_path(journal: Any) -> Path:
@@ -57,6 +60,13 @@ def check_path(journal: Any) -> Path:
         raise DataError(f"the journal {str(path)!r} is a folder: give the path of a file")
     if not path.parent.is_dir():
         raise DataError(f"the folder of the journal {str(path)!r} does not exist")
+    check_writable(path)
+    beside = statistics_path(path)
+    if beside.exists() and not path.exists():
+        raise DataError(
+            f"{str(beside)!r} is there without its journal {str(path)!r}, which would write over it: remove or move "
+            "it, or give another path"
+        )
     return path
 
 
@@ -70,3 +80,13 @@ def check_json(recipe: Recipe) -> None:
         json.dumps(recipe.to_dict())
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe holds a value that a journal cannot: {error}") from error
+
+
+def _float(value: Any) -> float:
+    """A real number as a float; NaN for anything else, and for an integer beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan

@@ -26,20 +26,22 @@ from ..errors import DataError, QdqError, RecipeError
 from ..fingerprint import fingerprint
 from ..graph.example import eval_copy, runs_on
 from ..graph.parameters import device_of
-from ..graph.record import KEY, record_of
-from ..graph.targets import Target, find_target
+from ..graph.record import has_record, record_of
+from ..graph.targets import Target, check_activation_bits, find_target
 from ..quantizer_sensitivity import sensitivity
 from ..recipe import Recipe
 from ..recipe_values import Override
 from ..stand_in import StandIn
+from ..tuning.latency import check_tunable
 from .arguments import check_json, check_path, check_target, seconds_of
 from .files import DeployedFiles
 from .journal import (
     Journal,
+    begin_journal,
     example_text,
     read_journal,
+    remove_journal,
     restore_statistics,
-    store_statistics,
     write_journal,
 )
 from .ladder import FULL_BITS, climb, same_recipe
@@ -82,7 +84,8 @@ def recover(
         model: float32; it is not changed.
         batches: calibration data, or `Statistics`, as for `qdq.quantize`.
         evaluate: takes a model, called as the user's own is, and gives a number: the larger the better, and above 0
-            for the float model. The same model must always give the same number.
+            for the float model. The same model must always give the same number. It must not write into the model's
+            parameters.
         target: the share of the float model's metric that is to be reached, above 0 and at most 1.
         budget: seconds, or text such as "90s", "10min", "1h". It is looked at before each rung but the first, so the
             call may take longer by its last rung.
@@ -100,16 +103,18 @@ def recover(
     Raises:
         QdqError: a wrong argument, or a metric of the float model that is no number above 0.
         RecipeError: a budget that is no time, or a recipe that does not fit the model.
-        DataError: data that do not fit the model; a journal that is damaged or that other arguments made.
+        DataError: data that do not fit the model; a journal that is damaged, that other arguments made, or that cannot
+            be written.
         CaptureError, CalibrationError, ExportError: of the recipe given. A later rung that fails is recorded as failed,
-            whatever the error. What `evaluate` raises by itself passes, at any rung.
+            whatever the error. What `evaluate` raises by itself passes, at any rung; so does, where there is a journal
+            to go on from, an unexpected error while layers are put in order.
     """
     start = time.monotonic()
     seconds = seconds_of(budget)
     share = check_target(target)
     if not isinstance(model, nn.Module):
         raise QdqError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if KEY in getattr(model, "meta", {}):
+    if has_record(model):
         raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")
     if not callable(evaluate):
         raise QdqError(f"evaluate must be a callable that takes a model, not {type(evaluate).__name__}")
@@ -120,6 +125,10 @@ def recover(
     algorithms_of(recipe.algorithms)
     path = None if journal is None else check_path(journal)
     where = find_target(deploy_target)
+    check_activation_bits(where, recipe)
+    check_tunable(recipe, where)
+    if path is not None:
+        check_json(recipe)
 
     given = None
     if example_inputs is not None:
@@ -151,14 +160,17 @@ def recover(
         begin = _without_tuning(quantize, statistics, recipe)
         known = Journal(**asked, start=begin, baseline=_baseline(evaluate, model))
         if path is not None:
-            check_json(recipe)
-            known.statistics = store_statistics(path, statistics)
-            write_journal(path, known)
+            begin_journal(path, known, statistics)
     with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
         example = statistics.first() if given is None else given
         files = DeployedFiles(model, example, where, Path(folder), dynamic_shapes)
         work = _Work(quantize, evaluate, files, statistics, known, path, progress)
-        return work.run(start + seconds)
+        try:
+            return work.run(start + seconds)
+        except RecipeError:
+            if path is not None and not known.rungs:
+                remove_journal(path)  # of a recipe that does not fit: it would stand in the way of the corrected one
+            raise
 
 
 class _Work:
@@ -304,6 +316,10 @@ class _Work:
             model, part = self._model(), Statistics({}, samples[:count])
             found = sensitivity(model, part, kinds=["weight" if rounding else "layer"], progress=self.progress)
         except Exception as error:
+            # A journal keeps the order for good: what may go better another time (memory) is not to be kept, and what
+            # was measured is in the journal. Without one nothing is kept but by going on.
+            if self.path is not None and not isinstance(error, QdqError):
+                raise
             logger.warning("which layers are the worst is not known, so none is changed alone: %s", error)
             return []
         if rounding:
@@ -313,7 +329,7 @@ class _Work:
 
 
 class _Called(StandIn):
-    """What `evaluate` is given: called as the user's model is, it stays as it is whatever is done to it."""
+    """What `evaluate` is given: called as the user's model is, in eval mode and on its device whatever is called."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         self.contract = record_of(model).contract
@@ -332,8 +348,9 @@ def _collect(quantize: _Quantize, batches: Any, recipe: Recipe) -> Statistics:
         algorithms={},
         calibration="max",
         weight_calibration="max",
-        # What an override speaks of is quantized where the target would leave it in float.
-        overrides={"*": Override(weights=recipe.weights)},
+        # What an override speaks of is quantized where the target would leave it in float. Those that change nothing
+        # have the patterns of the recipe looked for in the model, before the pass over the data.
+        overrides={**dict.fromkeys(recipe.patterns(), Override()), "*": Override(weights=recipe.weights)},
         exclude=(),
         tune=None,
     )

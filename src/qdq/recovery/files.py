@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,7 @@ class DeployedFiles:
     def _float_file(self) -> Path | None:
         if self._float is None and not self._float_fails:
             args, kwargs = self._example
-            named = signature_of(self._model.forward).bind(*args, **kwargs).arguments if kwargs else {}
-            example: Any = named if kwargs else args
+            example: Any = _by_name(signature_of(self._model.forward), self._example) if kwargs else args
             try:
                 self._float = api.export_onnx(
                     self._model,
@@ -93,6 +93,16 @@ class DeployedFiles:
                 self._float_fails = True
                 logger.info("latency is not measured, as the float model cannot be exported: %s", error)
         return self._float
+
+
+def _by_name(signature: inspect.Signature, inputs: Inputs) -> dict[str, Any]:
+    """All inputs as keywords, those that `forward` takes in its `**` among them."""
+    bound = signature.bind(*inputs[0], **inputs[1])
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        free = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        named |= value if free else {name: value}
+    return named
 
 
 def _size_of(file: Path) -> int:

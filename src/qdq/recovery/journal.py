@@ -75,7 +75,7 @@ class Journal:
             if not same:
                 told = f": {known} in the journal, now {value}"
                 what = {
-                    "model": "another float model (its parameters, buffers or modules differ)",
+                    "model": "another float model (its parameters, buffers, modules or their settings differ)",
                     "baseline": f"another metric of the float model{told}",
                     "recipe": "another recipe",
                     "target": f"another target{told}",
@@ -89,8 +89,8 @@ class Journal:
 
 
 def statistics_path(path: Path) -> Path:
-    """Where the statistics lie that belong to a journal."""
-    return path.with_name(f"{path.stem}.statistics.safetensors")
+    """Where the statistics lie that belong to a journal: by its whole name, as `run.int8` and `run.int4` are two."""
+    return path.with_name(f"{path.name}.statistics.safetensors")
 
 
 def example_text(inputs: Inputs) -> str:
@@ -105,13 +105,25 @@ def example_text(inputs: Inputs) -> str:
     return ", ".join([*map(str, args), *(f"{key}={value}" for key, value in kwargs.items())])
 
 
-def store_statistics(path: Path, statistics: Statistics) -> str:
-    """Saves the statistics beside the journal, and gives the SHA-256 of the file.
+def begin_journal(path: Path, journal: Journal, statistics: Statistics) -> None:
+    """Writes a new journal, which gets the SHA-256 of its statistics, and the statistics beside it: both or neither.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: a file cannot be written.
     """
-    return _digest(save(statistics, statistics_path(path)))
+    beside = save(statistics, statistics_path(path))
+    try:
+        journal.statistics = _digest(beside)
+        write_journal(path, journal)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def remove_journal(path: Path) -> None:
+    """Removes a journal and its statistics."""
+    for file in (path, statistics_path(path)):
+        file.unlink(missing_ok=True)
 
 
 def restore_statistics(path: Path, journal: Journal) -> Statistics:
@@ -223,9 +235,13 @@ def _kept(data: dict[str, Any], key: str, kind: type, optional: bool = False) ->
 
 def _number(data: dict[str, Any], key: str) -> float:
     value = data[key]
-    if type(value) not in (int, float) or not math.isfinite(value):
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.nan
+    if not math.isfinite(number):
         raise _Damaged(f"{key!r} is {value!r}")
-    return float(value)
+    return number
 
 
 def _digest(path: Path) -> str:

@@ -99,6 +99,8 @@ def tune_latency(
     target = record_of(quantized).target
     assert target is not None
     plan = place(captured, target, recipe)
+    if not plan.operations and not plan.weighted:  # float as it is: there is nothing to choose from
+        return Tuning(dataclasses.replace(recipe, tune=None), {}, "quantized", ())
     arrays = [np.asarray(x.detach().cpu()) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     with tempfile.TemporaryDirectory(prefix="qdq-") as name:
         folder = Path(name)
@@ -170,11 +172,12 @@ def _save(marked: MarkedFile, path: Path, plan: Plan) -> Path:
     codes = {tensor.name for tensor in plan.integer}
     operands = {(t.name, node.name) for node, tensors in plan.operations.items() for t in tensors}
     integers = {node.name for node in plan.operations}
+    weighted = {node.name for node in plan.weighted}
 
     def reads_codes(tensor: str, reader: str) -> bool:
         return tensor in tensors and (tensor in codes or (tensor, reader) in operands)
 
-    return marked.save(path, reads_codes, integers.__contains__)
+    return marked.save(path, reads_codes, integers.__contains__, weighted.__contains__)
 
 
 def _tell(milliseconds: Mapping[str, float], chosen: str, operations: Sequence[OperationCost]) -> None:
