@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,20 @@ def test_recovery_goes_on_from_a_journal(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert torch.equal(state(found.model)[name], value), name
 
 
-@pytest.mark.parametrize("algorithms", [["equalization", "adaround", "bias_correction"], ["smoothquant", "gptq"]])
-@pytest.mark.parametrize("make", [cnn, mlp])
-def test_improves_modules(monkeypatch: pytest.MonkeyPatch, make: Any, algorithms: list[str]) -> None:
+IMPROVING: list[Any] = [
+    ["equalization", "adaround", "bias_correction"],
+    ["smoothquant", "gptq"],
+    ["awq", "weight_clipping"],
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "algorithms"),
+    # Only the first has a block of several layers.
+    [*product([cnn, mlp], IMPROVING), (cnn, {"block_reconstruction": {"steps": 20}})],
+    ids=lambda value: value.__name__ if callable(value) else "+".join(value),
+)
+def test_improves_modules(monkeypatch: pytest.MonkeyPatch, make: Any, algorithms: Any) -> None:
     data = batches(make)
 
     def converted() -> nn.Module:
