@@ -175,7 +175,7 @@ class _Conversion:
         """The codes of a weight."""
         path = path_of(node)
         value, amax = (evaluate(self.graph_module, a) for a in node.args[:2])  # type: ignore[arg-type]
-        block_size = _block_size(node)
+        block_size = block_size_of(node)
         if block_size is None:
             _check_axes(path, amax)
         if node.target is SCALED_E4M3:
@@ -201,9 +201,9 @@ class _Conversion:
         """Replaces a quantizer of an activation by a module; calls that agree in input and range share one."""
         path, source = path_of(node), node.args[0]
         assert isinstance(source, fx.Node)
-        if _block_size(node) is not None:
+        if block_size_of(node) is not None:
             raise ExportError(
-                f"the quantizer {path!r} has block_size={_block_size(node)}, which files have for weights alone: set "
+                f"the quantizer {path!r} has block_size={block_size_of(node)}, which files have for weights alone: set "
                 "block_size=None"
             )
         amax = self._amax(node)
@@ -279,8 +279,8 @@ class _Conversion:
         return free
 
 
-def _block_size(node: fx.Node) -> int | None:
-    """Of a quantizer whose blocks have an amax each."""
+def block_size_of(node: fx.Node) -> int | None:
+    """The block size of a captured quantizer; None where it has none."""
     given = node.args[5] if node.target is FAKE_TENSOR_QUANT and len(node.args) > 5 else None
     return None if given is None else int(given)  # type: ignore[arg-type]
 

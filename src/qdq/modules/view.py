@@ -16,7 +16,7 @@ from ..calib.calibrator import reduce_blocks
 from ..calibration import activation_quantizers
 from ..constant_quantizers import WeightQuantizer
 from ..errors import CalibrationError
-from ..export.module_graph import check_stages, keep_quantizers, name_for, path_of
+from ..export.module_graph import block_size_of, check_stages, keep_quantizers, name_for, path_of
 from ..formats import E4M3, IntFormat
 from ..graph.capture import capture
 from ..graph.contract import InputContract
@@ -329,9 +329,8 @@ def _check_ranges(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> None:
 
 
 def _block_size(node: fx.Node, amax: Tensor) -> int | None:
-    """Of a quantizer whose blocks have an amax each."""
-    given = node.args[5] if node.target is FAKE_TENSOR_QUANT and len(node.args) > 5 else None
-    return None if given is None or amax.dim() != 2 else int(given)  # type: ignore[arg-type]
+    """Of a quantizer whose blocks have an amax each; one amax for all of them is one of the tensor."""
+    return block_size_of(node) if amax.dim() == 2 else None
 
 
 def _axes(amax: Tensor, rank: int) -> list[int]:
