@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import translate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .descriptor import QuantDescriptor
 from .errors import RecipeError
@@ -118,11 +121,11 @@ class Recipe:
             raise RecipeError(f"percentile must be a number, not {self.percentile!r}")
         if not 50.0 < self.percentile <= 100.0:
             raise RecipeError(f"percentile must lie in (50, 100], not {self.percentile}")
-        if self.reduce_range not in (None, True, False, "auto"):
+        if not _is_one_of(self.reduce_range, None, True, False, "auto"):
             raise RecipeError(f"reduce_range must be True, False or 'auto', not {self.reduce_range!r}")
-        if self.tune not in (None, "latency"):
+        if not _is_one_of(self.tune, None, "latency"):
             raise RecipeError(f"tune must be 'latency' or None, not {self.tune!r}")
-        if self.attention not in (None, True, False):
+        if not _is_one_of(self.attention, None, True, False):
             raise RecipeError(f"attention must be True, False or None, not {self.attention!r}")
 
     def for_name(self, *names: str, node: str | tuple[str, ...] = "") -> Override:
@@ -254,7 +257,14 @@ class Recipe:
         Raises:
             RecipeError: the file is missing, of another kind, or not a recipe.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise RecipeError(f"path must be that of a recipe file, not {path!r}")
         return cls.from_dict(data_in_file(Path(path)))
+
+
+def _is_one_of(value: object, *known: bool | str | None) -> bool:
+    """Asked of a bool, a text or None alone: an array has no one answer, and 1 is not True."""
+    return (value is None or isinstance(value, (bool, np.bool_, str))) and value in known
 
 
 def matches(pattern: str, name: str) -> bool:

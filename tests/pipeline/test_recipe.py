@@ -202,7 +202,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"percentile": "99"}, "percentile must be a number, not '99'"),
     ({"percentile": True}, "percentile must be a number, not True"),
     ({"reduce_range": "yes"}, "reduce_range must be True, False or 'auto', not 'yes'"),
+    ({"reduce_range": np.ones(2)}, r"reduce_range must be True, False or 'auto', not array"),
     ({"attention": "yes"}, "attention must be True, False or None, not 'yes'"),
+    ({"tune": np.ones(2)}, r"tune must be 'latency' or None, not array"),
     ({"exclude": "*.head"}, "exclude must be a list of patterns, not the string"),
     ({"exclude": [1]}, "exclude must be a list of strings"),
     ({"exclude": 3}, "exclude must be a list"),
@@ -308,6 +310,8 @@ def test_paths_with_mistakes_are_refused(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "r.json")
     with pytest.raises(RecipeError, match="r.yaml' cannot be read: No such file or directory"):
         Recipe.load(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="path must be that of a recipe file, not None"):
+        Recipe.load(None)  # type: ignore[arg-type]
     for name, content, message in (
         ("r.yaml", "calibration: é".encode("latin-1"), "r.yaml' is not text in UTF-8"),
         ("r.toml", b"\x80\x00", "r.toml' is not text in UTF-8"),
