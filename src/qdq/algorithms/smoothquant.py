@@ -148,7 +148,10 @@ def _best(
     Args:
         values: maxima of all vectors, of which the factors are made; and of those that no error is taken on, of which
             those are made that are tried.
-        weights, known, readings, margin: see `_for_connection`.
+        weights: maxima of the weights that read each channel.
+        known: the channels that may have a factor.
+        readings: the linears that read the tensor, with given factors.
+        margin: the share of the error without factors that must be left at most.
     """
     everything, others = values
     unscaled = readings(torch.ones_like(everything), False)
