@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .algorithms.registry import algorithms_of
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
 from .batches import Batches, Inputs, signature_of
 from .calib.statistics import Statistics
 from .calibration import collect, find_ranges
+from .deployable import check_deployable
 from .errors import CaptureError, DataError, QdqError, RecipeError
 from .export.integer_layers import quantize_outputs, store_constants
 from .export.lowering import lower
@@ -38,7 +38,7 @@ from .graph.insert import insert
 from .graph.parameters import device_of
 from .graph.place import check_patterns, place
 from .graph.record import KEY, Record, has_record, record_of
-from .graph.targets import ONNXRUNTIME, Target, check_activation_bits, find_target, reduces_range
+from .graph.targets import ONNXRUNTIME, Target, find_target, reduces_range
 from .improvement import improve
 from .kept_memory import freed_memory_kept
 from .modes import plain_modes
@@ -46,7 +46,7 @@ from .progress import track
 from .quiet import pytorch_internals
 from .recipe import Recipe
 from .stand_in import first_call, is_data_function
-from .tuning.latency import check_tunable, one_sample, tune_latency
+from .tuning.latency import one_sample, tune_latency
 
 logger = logging.getLogger("qdq.api")
 
@@ -101,10 +101,7 @@ def quantize(
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
-    recipe.check_deployable()
-    check_activation_bits(target, recipe)
-    check_tunable(recipe, target)
-    algorithms = algorithms_of(recipe.algorithms)
+    algorithms = check_deployable(recipe, target)
     _check_model(model)
     if has_record(model):
         raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")

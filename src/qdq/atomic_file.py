@@ -6,9 +6,30 @@ import contextlib
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def obstacle(path: Path) -> str | None:
+    """Why no file can be put at `path`, to be told before long work as well as after it; None where one can."""
+    if path.is_dir():
+        return "it is a folder; give the path of a file"
+    if path.exists() and not path.is_file():
+        return "it is a device or a pipe, which a file would replace"
+    if not path.parent.is_dir():
+        return f"the folder {str(path.parent)!r} does not exist"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "permission denied"
+    try:
+        # Tried, as rights alone do not tell it: of the superuser, or of a file system that is read only.
+        with tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except PermissionError:
+        return "permission denied"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from .errors import RecipeError
 
 CALIBRATION_METHODS = ("auto", "max", "percentile", "mse", "entropy")
 WEIGHT_METHODS = ("auto", "max", "mse")
+# As the kernels of runtimes take them (MatMulNBits).
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 _SCOPE_KEYS = ("weights", "activations", "calibration")
 
 
@@ -170,9 +172,10 @@ def check_weights(descriptor: Any, where: str) -> None:
     block = descriptor.block_size
     if block is not None and descriptor.axis is None:
         raise RecipeError(f"{where}.block_size={block} needs axis=0: blocks are parts of output channels")
-    if block is not None and (not 16 <= block <= 256 or block & (block - 1)):
+    if block is not None and block not in BLOCK_SIZES:
         raise RecipeError(
-            f"{where}.block_size must be a power of two from 16 to 256, as the kernels of runtimes take it, not {block}"
+            f"{where}.block_size must be a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, as the kernels of "
+            f"runtimes take it, not {block}"
         )
 
 

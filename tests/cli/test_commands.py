@@ -105,12 +105,12 @@ def test_version_and_help(run: Any) -> None:
         ({"--recipe": "none.yaml"}, 2, ("none.yaml",)),
         ({"--eval": "user:no_such_name"}, 2, ("--eval", "no_such_name")),
         ({"--mean": "a,b"}, 2, ("--mean",)),
-        ({"--output": "no/such/folder/out.onnx"}, 2, ("no folder",)),
+        ({"--output": "no/such/folder/out.onnx"}, 2, ("the folder 'no/such/folder' does not exist",)),
         ({"--output": "."}, 2, ("it is a folder",)),
         ({"--output": "out.txt"}, 2, ("must end in .onnx",)),
         ({"--fp32": "out.onnx"}, 2, ("name the same file",)),
         ({"--save-recipe": "out.toml"}, 2, ("must end in .yaml or .yml",)),
-        ({"--save-recipe": "no/such/folder/r.yaml"}, 2, ("no folder",)),
+        ({"--save-recipe": "no/such/folder/r.yaml"}, 2, ("the folder 'no/such/folder' does not exist",)),
     ],
 )
 def test_quantize_refuses(

@@ -152,7 +152,7 @@ def linear() -> Any:
 
 def test_paths_that_cannot_be_written_are_refused_before_the_work(linear: Any, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(qdq.ExportError, match=r"it is a folder; name a file, such as .*model.onnx'"):
+    with pytest.raises(qdq.ExportError, match="cannot write .*: it is a folder; give the path of a file"):
         qdq.export_onnx(linear, tmp_path / "folder")
     with pytest.raises(qdq.ExportError, match="the folder .*missing' does not exist"):
         qdq.export_onnx(linear, tmp_path / "missing" / "m.onnx")
@@ -171,9 +171,20 @@ def test_a_folder_without_permission_is_refused(linear: Any, tmp_path: Path) -> 
 
 def test_permissions_are_asked_of_the_system(linear: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same refusal where tests run as the super-user, who is never denied."""
-    monkeypatch.setattr(onnx_export.os, "access", lambda path, mode: Path(path) != tmp_path)
+
+    def refuse(dir: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "m.onnx"
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", refuse)
+        with pytest.raises(qdq.ExportError, match="m.onnx': permission denied"):
+            qdq.export_onnx(linear, path)
+    path.write_bytes(b"kept")
+    monkeypatch.setattr("os.access", lambda asked, mode: Path(asked) != path)
     with pytest.raises(qdq.ExportError, match="m.onnx': permission denied"):
-        qdq.export_onnx(linear, tmp_path / "m.onnx")
+        qdq.export_onnx(linear, path)
+    assert path.read_bytes() == b"kept"
 
 
 FAILURES = [

@@ -389,8 +389,8 @@ def test_what_tuning_left_in_float_is_in_the_recipe() -> None:
         ({"recipe": qdq.Recipe(weights=qdq.QuantDescriptor(9))}, qdq.RecipeError, "2 to 8"),
         ({"deploy_target": "abacus"}, qdq.RecipeError, "unknown target 'abacus'"),
         ({"journal": 3}, qdq.QdqError, "journal must be a path, not int"),
-        ({"journal": "."}, qdq.DataError, "is a folder: give the path of a file"),
-        ({"journal": "no/such/j.json"}, qdq.DataError, "the folder of the journal .* does not exist"),
+        ({"journal": "."}, qdq.DataError, "it is a folder; give the path of a file"),
+        ({"journal": "no/such/j.json"}, qdq.DataError, "j.json' cannot be written: the folder 'no/such' does not"),
         ({"target": 10**400}, qdq.QdqError, "above 0 and at most 1, not 1000"),
         ({"budget": 10**400}, qdq.RecipeError, "budget must be seconds or text"),
         (

@@ -421,7 +421,7 @@ def test_saving_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
         save(nn.Linear(1, 1), tmp_path / "m")
     with pytest.raises(DataError, match="expected Statistics .* not str"):
         save("statistics", tmp_path / "m")
-    with pytest.raises(DataError, match="the folder of .* does not exist"):
+    with pytest.raises(DataError, match="the folder .* does not exist"):
         save(Statistics({}, []), tmp_path / "none" / "m")
     with pytest.raises(DataError, match="cannot be written: it is a folder; give the path of a file"):
         save(Statistics({}, []), "")

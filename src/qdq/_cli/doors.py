@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,17 +33,13 @@ def target_and_recipe(target: str, recipe: Path | None) -> tuple[str, qdq.Recipe
     Raises:
         UsageError: an unknown target, or a recipe that is missing or malformed or that no model can be deployed by.
     """
-    from qdq.algorithms.registry import algorithms_of
+    from qdq.deployable import check_deployable
     from qdq.errors import RecipeError
-    from qdq.graph.targets import check_activation_bits, find_target
-    from qdq.tuning.latency import check_tunable
+    from qdq.graph.targets import find_target
 
     try:
         chosen, rules = find_target(target), qdq.Recipe() if recipe is None else qdq.Recipe.load(recipe)
-        rules.check_deployable()
-        check_activation_bits(chosen, rules)
-        algorithms_of(rules.algorithms)
-        check_tunable(rules, chosen)
+        check_deployable(rules, chosen)
         return chosen.name, rules
     except RecipeError as error:
         raise UsageError(str(error)) from error
@@ -57,15 +52,11 @@ def check_writable(path: Path, *endings: str) -> None:
         path: of an ONNX file, or of one with one of these endings.
         endings: where it is none of an ONNX file.
     """
-    folder = path.parent
-    if path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder")
-    if not folder.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise UsageError(f"cannot write {path}: permission denied")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"cannot write {path}: it is a device or a pipe, which a file would replace")
+    from qdq.atomic_file import obstacle
+
+    reason = obstacle(path)
+    if reason is not None:
+        raise UsageError(f"cannot write {path}: {reason}")
     if endings and path.suffix not in endings:
         raise UsageError(f"{path}: its name must end in {' or '.join(endings)}")
     if not endings and path.suffix != ".onnx":

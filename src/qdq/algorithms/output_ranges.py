@@ -31,8 +31,8 @@ class OutputRanges:
         chosen: quantizer's name -> the rule whose range was taken.
         batches: so many batches are compared at least, and more where they hold fewer than `values` values.
         margin: see above.
-        values: a tensor of which the walk knows fewer keeps the usual range. What cuts off one value in a thousand seems
-            to cost nothing where no such value is among those compared.
+        values: a tensor of which the walk knows fewer keeps the usual range. What cuts off one value in a thousand
+            seems to cost nothing where no such value is among those compared.
     """
 
     proposals: Mapping[str, Mapping[str, Range]]

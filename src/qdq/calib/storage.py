@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic_file import replaced_at_once
+from ..atomic_file import obstacle, replaced_at_once
 from ..errors import DataError
 from .collectors import HistogramCollector
 from .statistics import Inputs, Statistics
@@ -69,21 +68,9 @@ def check_writable(path: Path) -> None:
     """Raises:
     DataError: no file can be written at `path`, or it would replace a device or a pipe.
     """
-    told = repr(str(path))
-    if path.is_dir():
-        raise DataError(f"{told} cannot be written: it is a folder; give the path of a file")
-    if path.exists() and not path.is_file():
-        raise DataError(f"{told} cannot be written: it is a device or a pipe, which a file would replace")
-    if not path.parent.is_dir():
-        raise DataError(f"the folder of {told} does not exist")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise DataError(f"{told} cannot be written: permission denied")
-    try:
-        # Tried, as rights alone do not tell it: of the superuser, or of a file system that is read only.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise DataError(f"{told} cannot be written: {error.strerror or error}") from error
+    reason = obstacle(path)
+    if reason is not None:
+        raise DataError(f"{str(path)!r} cannot be written: {reason}")
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:

@@ -19,11 +19,10 @@ from ..kernels.operations import FAKE_TENSOR_QUANT, SCALED_E4M3
 from ..kernels.reference import TINY_AMAX
 from ..onnx_nodes import quantize_dequantize
 from ..quantizer import TensorQuantizer
+from ..recipe_values import BLOCK_SIZES
 from .coded_constants import CodedConstant, encode, moved
 from .norm_folding import fold_norms
 
-# What MatMulNBits takes.
-PACKED_BLOCKS = (16, 32, 64, 128, 256)
 _QUANTIZE = (FAKE_TENSOR_QUANT, SCALED_E4M3)
 
 
@@ -184,10 +183,10 @@ class _Conversion:
         num_bits, unsigned, narrow_range = node.args[2:5]
         if not 2 <= num_bits <= 8:  # type: ignore[operator]
             raise ExportError(f"the quantizer {path!r} has {num_bits} bits: weights are stored with 2 to 8")
-        if block_size is not None and self.target.rounds_inputs is not None and block_size not in PACKED_BLOCKS:
+        if block_size is not None and self.target.rounds_inputs is not None and block_size not in BLOCK_SIZES:
             raise ExportError(
                 f"the quantizer {path!r} has block_size={block_size}, and {self.target.name} computes with blocks of "
-                f"{', '.join(map(str, PACKED_BLOCKS))}"
+                f"{', '.join(map(str, BLOCK_SIZES))}"
             )
         codes = int(num_bits), bool(unsigned), bool(narrow_range)  # type: ignore[arg-type]
         constant = encode(self._name(path), path, value, amax, *codes, block_size)

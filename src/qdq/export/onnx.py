@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..atomic_file import obstacle
 from ..errors import ExportError, need
 from ..graph.targets import ONNXRUNTIME, TARGETS, Target
 from ..quiet import pytorch_internals
@@ -95,16 +96,9 @@ def target_of_file(path: str | os.PathLike[str]) -> Target:
 
 def check_writable(path: Path) -> None:
     """Raises ExportError where no file can be written at `path`; called before long work as well as after it."""
-    if path.is_dir():
-        raise ExportError(
-            f"cannot write {str(path)!r}: it is a folder; name a file, such as {str(path / 'model.onnx')!r}"
-        )
-    if path.exists() and not path.is_file():
-        raise ExportError(f"cannot write {str(path)!r}: it is a device or a pipe, which a file would replace")
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ExportError(f"cannot write {str(path)!r}: permission denied")
+    reason = obstacle(path)
+    if reason is not None:
+        raise ExportError(f"cannot write {str(path)!r}: {reason}")
 
 
 def _exported(

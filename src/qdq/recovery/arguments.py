@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..calib.storage import check_writable
+from ..atomic_file import obstacle
 from ..errors import DataError, QdqError, RecipeError
 from ..recipe import Recipe
 from .journal import statistics_path
@@ -56,11 +56,9 @@ def check_path(journal: Any) -> Path:
     if not isinstance(journal, (str, os.PathLike)):
         raise QdqError(f"journal must be a path, not {type(journal).__name__}")
     path = Path(journal)
-    if path.is_dir():
-        raise DataError(f"the journal {str(path)!r} is a folder: give the path of a file")
-    if not path.parent.is_dir():
-        raise DataError(f"the folder of the journal {str(path)!r} does not exist")
-    check_writable(path)
+    reason = obstacle(path)
+    if reason is not None:
+        raise DataError(f"the journal {str(path)!r} cannot be written: {reason}")
     beside = statistics_path(path)
     if beside.exists() and not path.exists():
         raise DataError(

@@ -19,20 +19,19 @@ from torch import Tensor, fx, nn
 
 from .. import api
 from ..algorithms.layer import layers_of
-from ..algorithms.registry import algorithms_of
 from ..batches import Batches, signature_of
 from ..calib.statistics import Statistics, count_samples
+from ..deployable import check_deployable
 from ..errors import DataError, QdqError, RecipeError
 from ..fingerprint import fingerprint
 from ..graph.example import eval_copy, runs_on
 from ..graph.parameters import device_of
 from ..graph.record import has_record, record_of
-from ..graph.targets import Target, check_activation_bits, find_target
+from ..graph.targets import Target, find_target
 from ..quantizer_sensitivity import sensitivity
 from ..recipe import Recipe
 from ..recipe_values import Override
 from ..stand_in import StandIn
-from ..tuning.latency import check_tunable
 from .arguments import check_json, check_path, check_target, seconds_of
 from .files import DeployedFiles
 from .journal import (
@@ -121,12 +120,9 @@ def recover(
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
-    recipe.check_deployable()
-    algorithms_of(recipe.algorithms)
-    path = None if journal is None else check_path(journal)
     where = find_target(deploy_target)
-    check_activation_bits(where, recipe)
-    check_tunable(recipe, where)
+    check_deployable(recipe, where)
+    path = None if journal is None else check_path(journal)
     if path is not None:
         check_json(recipe)
 
