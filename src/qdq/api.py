@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import logging
 import os
 from collections import Counter
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
@@ -35,6 +33,7 @@ from .graph.example import eval_copy, runs_on
 from .graph.explanation import Explanation
 from .graph.fold import fold
 from .graph.insert import insert
+from .graph.outputs import output_names, output_quantizers
 from .graph.parameters import device_of
 from .graph.place import check_patterns, place
 from .graph.record import KEY, Record, has_record, record_of
@@ -306,7 +305,7 @@ def _with_quantizers(
     graph_module: fx.GraphModule, contract: InputContract, target: Target, recipe: Recipe
 ) -> fx.GraphModule:
     """The captured graph with quantizers placed in it, without ranges, and the record of its making."""
-    names = tuple(_output_names(graph_module))
+    names = tuple(output_names(graph_module))
     plan = place(graph_module.graph, target, recipe)
     graph_module, explanation = insert(graph_module, plan, target, recipe)
     graph_module.meta[KEY] = Record(
@@ -316,7 +315,7 @@ def _with_quantizers(
         recipe=recipe,
         reduced_range=reduces_range(target, recipe.reduce_range),
         explanation=explanation,
-        outputs=tuple(_output_quantizers(graph_module)),
+        outputs=tuple(output_quantizers(graph_module)),
     )
     return graph_module
 
@@ -354,7 +353,7 @@ def _captured(model: nn.Module, example: Inputs, dynamic_shapes: Any, target: Ta
     check_stages(model)
     graph_module = fold(keep_quantizers(capture(model, *example, dynamic_shapes=dynamic_shapes)))
     contract = InputContract(graph_module.graph, signature_of(model.forward), example)
-    names = tuple(_output_names(graph_module))
+    names = tuple(output_names(graph_module))
     if not is_quantized(graph_module):
         graph_module.meta[KEY] = Record(contract, names)
         return graph_module
@@ -364,39 +363,9 @@ def _captured(model: nn.Module, example: Inputs, dynamic_shapes: Any, target: Ta
     store_constants(graph_module, coded, target, reduced)
     graph_module.graph.lint()
     graph_module.recompile()
-    outputs = tuple(_output_quantizers(graph_module))
+    outputs = tuple(output_quantizers(graph_module))
     graph_module.meta[KEY] = Record(contract, names, target, reduced_range=reduced, outputs=outputs)
     return graph_module
-
-
-def _outputs(graph_module: fx.GraphModule) -> list[fx.Node]:
-    output = next(n for n in graph_module.graph.nodes if n.op == "output")
-    return [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
-
-
-def _output_names(graph_module: fx.GraphModule) -> list[str]:
-    spec = getattr(graph_module.graph._codegen, "pytree_info", None)
-    count = len(_outputs(graph_module))
-    names: list[str] = []
-    if spec is not None and spec.out_spec is not None:
-        with_paths = pytree.tree_leaves_with_path(pytree.tree_unflatten([0] * spec.out_spec.num_leaves, spec.out_spec))
-        names = [
-            "_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p, _ in with_paths
-        ]
-    if len(names) != count or any(not n or n.isdigit() for n in names):
-        names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    inputs = {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"}
-    names = [f"{n}_out" if n in inputs else n for n in names]
-    unique: list[str] = []
-    for name in names:
-        others = {*inputs, *names, *unique}
-        numbered = (f"{name}_{i}" for i in itertools.count(1))
-        unique.append(name if name not in unique else next(n for n in numbered if n not in others))
-    return unique
-
-
-def _output_quantizers(graph_module: fx.GraphModule) -> list[str | None]:
-    return [str(n.target) if n.op == "call_module" else None for n in _outputs(graph_module)]
 
 
 def _arrays(inputs: Any) -> Sequence[np.ndarray] | dict[str, np.ndarray]:
