@@ -44,7 +44,7 @@ from contenders import Contender
 
 MODELS = ("p1", "minilm", "s1", "s2", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 DEPTHWISE = ("p1", "p1_rest", "s2", "mobilenet_v2", "efficientnet_b0")
-# The least score and SQNR of qdq's default, as deployed.
+# The least score and SQNR of qdq's default, as deployed: the mean over the subsets, as in the table.
 LEAST: dict[str, dict[str, float]] = {
     "p1": {"top-1 % of 1000": 85.0, "SQNR dB": 16.0},
     "s1": {"SQNR dB": 37.0},
@@ -295,8 +295,9 @@ def _bars(name: str, rows: dict[str, Row]) -> list[str]:
         loss = 1 - statistics.fmean(values) / fp32.scores[score][0]
         lines.append(_line(loss <= allowed, f"{name}: {score} loses {100 * loss:.2f} % (<= {100 * allowed:g} %)"))
     for what, least in LEAST.get(name, {}).items():
-        value = measured[what][0][0]
-        lines.append(_line(value >= least, f"{name}: {what} {value:.4g} with the first subset (>= {least})"))
+        values = measured[what][0]
+        value, each = statistics.fmean(values), ", ".join(f"{v:.4g}" for v in values)
+        lines.append(_line(value >= least, f"{name}: {what} {value:.4g} (>= {least}; subset by subset {each})"))
     return lines
 
 
