@@ -196,7 +196,7 @@ def test_the_same_twice() -> None:
 
 def test_a_trained_net_gains_over_adaround() -> None:
     layers = score("S1", 2, [AdaRound(), BiasCorrection()], images=64, tested=200)
-    blocks = score("S1", 2, [BiasCorrection(), BlockReconstruction(steps=150)], images=64, tested=200)
+    blocks = score("S1", 2, [BiasCorrection(), BlockReconstruction(steps=80)], images=64, tested=200)
     plain = score("S1", 2, [], images=64, tested=200)
     assert blocks.sqnr > layers.sqnr + 0.2 > plain.sqnr + 5
 

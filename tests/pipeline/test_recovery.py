@@ -257,6 +257,7 @@ def test_metrics_that_are_none(evaluate: Any, message: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
 def test_a_later_rung_that_fails_is_recorded() -> None:
     closeness = Closeness()
 
@@ -354,6 +355,7 @@ def test_inputs_in_free_keywords_are_measured_too() -> None:
     assert found.float_size and found.rungs[0].size and found.rungs[0].latency_ratio
 
 
+@pytest.mark.usefixtures("quick")
 def test_low_bits_take_their_own_rungs() -> None:
     recipe = qdq.Recipe(weights=qdq.QuantDescriptor(3, axis=0, narrow_range=True))
     found = recover(Closeness(), target=0.999, budget="1h", recipe=recipe)

@@ -67,6 +67,11 @@ def batches() -> list[Tensor]:
     return list(fashion.load("train", limit=64)[0].split(16))
 
 
+@pytest.fixture(scope="module")
+def by_default(batches) -> nn.Module:
+    return quantize(s1(), batches)
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -77,8 +82,8 @@ def batches() -> list[Tensor]:
         pytest.param(Recipe(calibration="max", algorithms={}), id="no algorithms"),
     ],
 )
-def test_other_recipes_from_a_file_give_what_the_data_give(recipe: Recipe, batches, tmp_path: Path) -> None:
-    path = save(quantize(s1(), batches), tmp_path / "s1.safetensors")
+def test_other_recipes_from_a_file_give_what_the_data_give(recipe, batches, by_default, tmp_path: Path) -> None:
+    path = save(by_default, tmp_path / "s1.safetensors")
     assert_same(quantize(s1(), load(path), recipe=recipe), quantize(s1(), batches, recipe=recipe))
 
 
@@ -216,11 +221,12 @@ def test_inputs_that_the_graph_does_not_take_are_told() -> None:
         quantize(small(), wrong)
 
 
-def test_tensors_that_were_not_quantized_before_are_collected_from_the_inputs(batches) -> None:
+def test_tensors_that_were_not_quantized_before_are_collected_from_the_inputs(batches, by_default) -> None:
     partial = quantize(s1(), batches, recipe=Recipe(exclude=("blocks", "fc")))
     known = len(statistics_of(partial).histograms)
-    assert_same(quantize(s1(), statistics_of(partial)), quantize(s1(), batches))
-    assert len(statistics_of(quantize(s1(), statistics_of(partial))).histograms) > known
+    whole = quantize(s1(), statistics_of(partial))
+    assert_same(whole, by_default)
+    assert len(statistics_of(whole).histograms) > known
 
 
 def test_an_algorithm_forgets_what_it_changed_and_no_more() -> None:
@@ -407,8 +413,8 @@ def test_batches_of_other_shapes_stay_apart() -> None:
     assert [tuple(args[0].shape) for args, _ in keeper.samples()] == [(8, 3), (4, 5), (4, 3)]
 
 
-def test_statistics_without_inputs_need_an_example(batches) -> None:
-    bare = Statistics(statistics_of(quantize(s1(), batches)).histograms, [])
+def test_statistics_without_inputs_need_an_example(batches, by_default) -> None:
+    bare = Statistics(statistics_of(by_default).histograms, [])
     with pytest.raises(DataError, match="these statistics hold no inputs: pass example_inputs"):
         quantize(s1(), bare)
     # Without inputs there are ranges, by the usual rule of each tensor, and no algorithms.
