@@ -17,7 +17,8 @@ CROSS        ?= aarch64-linux-gnu
 REFERENCE    := $(addprefix tests/numerics/test_,symmetric.py affine.py functional.py quantizer.py calibrators.py) \
                 tests/drop_in/test_tensor_quant.py \
                 tests/pipeline/test_zoo.py::test_network_goes_the_whole_way[resnet_bottleneck]
-PIP          := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt $(PIP_FLAGS)
+# Python compiles what is imported when it is imported: all of the packages' modules would take a minute.
+PIP          := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types cross bench clean
