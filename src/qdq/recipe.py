@@ -61,8 +61,8 @@ class Recipe:
             outputs of the layers that read it, if that is less than 0.6 of the usual one's. The usual one is "max" for
             what linears and matrix products read from float operations (the rare, large activations of transformers
             carry meaning) and "mse" for everything else. A range that several tensors share (a concatenation) is always
-            the usual one, and so is that of a tensor with fewer than 8192 values in the samples that are compared (64 by
-            default, 16 without algorithms). What an elementwise function alone reads (a SiLU) gets the range of least
+            the usual one, and so is that of a tensor with fewer than 8192 values in the samples that are compared (64,
+            or 16 without algorithms). What an elementwise function alone reads (a SiLU) gets the range of least
             squared error of its results. With 16 bits "auto" is "max".
         percentile: for "percentile", the share of values inside the range, in percent: in (50, 100].
         weight_calibration: how the amax of a weight is found: "max", or "mse", that of least squared error, searched
