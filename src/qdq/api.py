@@ -20,7 +20,7 @@ from .analysis.latency import Speed, measure
 from .batches import Batches, Inputs, signature_of
 from .calib.statistics import Statistics
 from .calibration import collect, find_ranges
-from .deployable import check_deployable
+from .deployable import check_for_target
 from .errors import CaptureError, DataError, QdqError, RecipeError
 from .export.integer_layers import quantize_outputs, store_constants
 from .export.lowering import lower
@@ -100,7 +100,7 @@ def quantize(
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
-    algorithms = check_deployable(recipe, target)
+    algorithms = check_for_target(recipe, target)
     _check_model(model)
     if has_record(model):
         raise QdqError("model was returned by qdq.quantize, and is quantized: pass the float model")

@@ -9,7 +9,7 @@ from .recipe import Recipe
 from .tuning.latency import check_tunable
 
 
-def check_deployable(recipe: Recipe, target: Target) -> list[Algorithm]:
+def check_for_target(recipe: Recipe, target: Target) -> list[Algorithm]:
     """Refuses a recipe that `qdq.quantize` could not apply to any model.
 
     Returns:

@@ -33,13 +33,13 @@ def target_and_recipe(target: str, recipe: Path | None) -> tuple[str, qdq.Recipe
     Raises:
         UsageError: an unknown target, or a recipe that is missing or malformed or that no model can be deployed by.
     """
-    from qdq.deployable import check_deployable
+    from qdq.deployable import check_for_target
     from qdq.errors import RecipeError
     from qdq.graph.targets import find_target
 
     try:
         chosen, rules = find_target(target), qdq.Recipe() if recipe is None else qdq.Recipe.load(recipe)
-        check_deployable(rules, chosen)
+        check_for_target(rules, chosen)
         return chosen.name, rules
     except RecipeError as error:
         raise UsageError(str(error)) from error

@@ -21,7 +21,7 @@ from .. import api
 from ..algorithms.layer import layers_of
 from ..batches import Batches, signature_of
 from ..calib.statistics import Statistics, count_samples
-from ..deployable import check_deployable
+from ..deployable import check_for_target
 from ..errors import DataError, QdqError, RecipeError
 from ..fingerprint import fingerprint
 from ..graph.example import eval_copy, runs_on
@@ -121,7 +121,7 @@ def recover(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a qdq.Recipe, not {type(recipe).__name__}; Recipe.load reads files")
     where = find_target(deploy_target)
-    check_deployable(recipe, where)
+    check_for_target(recipe, where)
     path = None if journal is None else check_path(journal)
     if path is not None:
         check_json(recipe)
