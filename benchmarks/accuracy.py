@@ -229,7 +229,7 @@ def _builders(case: Case, fp32: Path, folder: Path, options: argparse.Namespace)
         "static minmax": static("minmax"),
         "static entropy": static("entropy"),
         "static percentile": static("percentile"),
-        "nncf": lambda: _in_float32(contenders.nncf_contender(case, fp32, folder), folder / "nncf.xml"),
+        "nncf": lambda: contenders.nncf_in_float32(case, fp32, folder),
         "modelopt": simulated(accuracy_peers.by_modelopt),
         "modelopt histogram": simulated(lambda c: accuracy_peers.by_modelopt(c, "histogram")),
         "torchao": simulated(accuracy_peers.by_torchao),
@@ -238,13 +238,6 @@ def _builders(case: Case, fp32: Path, folder: Path, options: argparse.Namespace)
     if not case.tasks:
         del found["qdq recover"]
     return {key: build for key, build in found.items() if key in options.contenders}
-
-
-def _in_float32(contender: Contender, path: Path) -> Contender:
-    """Scored with float operations in float32; timed as OpenVINO runs by default, in bfloat16 on some processors."""
-    exact = contenders.openvino_contender(contender.name, path, contender.build_seconds, INFERENCE_PRECISION_HINT="f32")
-    exact.extra["timed"] = contender.run
-    return exact
 
 
 def _recovered(case: Case, folder: Path, budget: str) -> Contender:

