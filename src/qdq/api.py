@@ -137,9 +137,11 @@ def quantize(
         recipe = tune_latency(captured.graph, graph_module, recipe, contract.flatten(timed), progress).recipe
         graph_module = _with_quantizers(captured, contract, target, recipe)
     _tell_if_all_float(explain(graph_module))
-    statistics, seen = improve(graph_module, seen, recipe, progress)
-    statistics = Statistics(statistics.histograms, statistics.samples, mark)
-    graph_module.meta[KEY] = dataclasses.replace(record_of(graph_module), statistics=statistics, seen=seen)
+    improved = improve(graph_module, seen, recipe, progress)
+    statistics = Statistics(improved.statistics.histograms, improved.statistics.samples, mark)
+    graph_module.meta[KEY] = dataclasses.replace(
+        record_of(graph_module), statistics=statistics, seen=improved.seen, unrounded=improved.unrounded
+    )
     return graph_module
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from .affine_quantizer import AffineQuantizer
 from .algorithms.layer import layers_of
@@ -46,14 +48,23 @@ _ALIKE = 0.03
 _COMPARED = 16
 
 
-def improve(
-    graph_module: fx.GraphModule, statistics: Statistics, recipe: Recipe, progress: bool = True
-) -> tuple[Statistics, Statistics]:
-    """Sets the ranges of a graph with quantizers from statistics and applies the recipe's algorithms, in place.
+class Improved(NamedTuple):
+    """What is known of a graph that was improved.
 
-    Returns:
-        The statistics of the float model, with those of tensors that they did not know; and the statistics that the
-        ranges were found from: others where an algorithm changed tensors, and then of no use for another recipe.
+    Attributes:
+        statistics: of the float model, with those of tensors that the statistics given did not know.
+        seen: what the ranges were found from: others where an algorithm changed tensors, and then of no use for
+            another recipe.
+        unrounded: as in `graph.record.Record`.
+    """
+
+    statistics: Statistics
+    seen: Statistics
+    unrounded: dict[str, Tensor]
+
+
+def improve(graph_module: fx.GraphModule, statistics: Statistics, recipe: Recipe, progress: bool = True) -> Improved:
+    """Sets the ranges of a graph with quantizers from statistics and applies the recipe's algorithms, in place.
 
     Raises:
         CalibrationError: a quantizer saw no data.
@@ -80,6 +91,7 @@ def improve(
     settled = functions_behind(graph_module)
     chosen = [q for q in chosen if q.name not in settled]
     visitors: list[Visitor] = [*algorithms]
+    unrounded: dict[str, Tensor] = {}
     most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
     few_bits = any(layer.quantizer.num_bits <= CLIPPED_BITS for layer in layers_of(graph_module).values())
     few_bits = few_bits and recipe.weight_calibration == "auto"
@@ -98,8 +110,20 @@ def improve(
         for algorithm in algorithms:
             algorithm.finish(walk, progress)
         fit_biases(graph_module)
+        unrounded = _unrounded(graph_module, walk)
     unchanged = {tensor: histogram for tensor, histogram in seen.histograms.items() if tensor not in changed}
-    return Statistics({**statistics.histograms, **unchanged}, statistics.samples), seen
+    return Improved(Statistics({**statistics.histograms, **unchanged}, statistics.samples), seen, unrounded)
+
+
+def _unrounded(graph_module: fx.GraphModule, walk: Walk) -> dict[str, Tensor]:
+    """The weights whose codes were chosen, as they were before. (Those of fine-tuning are not on the grid.)"""
+    layers = {layer.weight: layer.quantizer for layer in layers_of(graph_module).values()}
+    chosen = [path for path in walk.replaced if path in layers]
+    return {
+        path: walk.original(path).detach()
+        for path in chosen
+        if torch.equal(layers[path](walk.parameter(path)), walk.parameter(path))
+    }
 
 
 def _batches_of(samples: int, batches: Sequence[Inputs]) -> int:

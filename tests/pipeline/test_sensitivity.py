@@ -272,6 +272,43 @@ def test_other_bits_are_fitted_anew(branches: fx.GraphModule, name: str) -> None
     assert entry.alone_on == pytest.approx(sqnr_db(reference, floats(alone, BATCHES)), abs=1e-6)
 
 
+@pytest.mark.parametrize("algorithms", [["gptq"], {"adaround": {"steps": 20}}])
+def test_a_weight_whose_codes_were_chosen_is_the_float_one_when_off(algorithms: Any) -> None:
+    """The chosen codes lie on the grid: without the weight from before, each such quantizer would cost nothing."""
+    model = Branches().eval()
+    qmodel = quantize(model, BATCHES, recipe=qdq.Recipe(algorithms=algorithms))
+    own = dict(model.named_parameters())
+    name = "mix.weight_quantizer"
+    assert not torch.equal(qmodel.get_parameter("mix.weight"), own["mix.weight"])
+    result = sensitivity(qmodel, BATCHES, bits=4)
+    reference = floats(model, BATCHES)
+
+    def swapped(on: Collection[str], quantizer: WeightQuantizer | None = None) -> fx.GraphModule:
+        """Weights of quantizers that are off are the model's own, and one of them may have another quantizer."""
+        twin = switched(qmodel, on)
+        for off in [n for n in names(qmodel) - set(on) if n.endswith(".weight_quantizer")]:
+            path = off.removesuffix("_quantizer")
+            twin.get_parameter(path).data = own[path].detach()
+        if quantizer is not None:
+            twin.get_submodule("mix").weight_quantizer = quantizer  # type: ignore[assignment]
+        return twin
+
+    entry, every = result.find(name), names(qmodel)
+    assert entry.alone_on == pytest.approx(sqnr_db(reference, floats(swapped({name}), BATCHES)), abs=1e-6)
+    without = sqnr_db(reference, floats(swapped(every - {name}), BATCHES))
+    assert entry.alone_off == pytest.approx(without - result.quantized, abs=1e-6)
+    four = copy.deepcopy(qmodel.get_submodule(name))
+    assert isinstance(four, WeightQuantizer)
+    four.num_bits, four.pairs_axis = 4, None
+    four.fit(own["mix.weight"].detach(), "auto")
+    alone = sqnr_db(reference, floats(swapped((), four), BATCHES))
+    assert result.find(name, 4).alone_on == pytest.approx(alone, abs=1e-6)
+    # The model itself has its own quantizer and codes still.
+    assert quantize(model, BATCHES, recipe=qdq.Recipe(algorithms=algorithms))(BATCHES[0])[0].equal(
+        qmodel(BATCHES[0])[0]
+    )
+
+
 def test_a_range_before_a_silu_is_found_by_its_results_at_other_bits_too() -> None:
     """8 bits tried on a model of 16 are those that a recipe of 8 bits gets."""
     torch.manual_seed(0)

@@ -23,7 +23,8 @@ class QuantizerSwitches:
     """A copy of a quantized model, with a switch for each of its quantizers of activations and weights.
 
     The integer bias of an operation is on where the quantizers of its input and of its weight are. Quantizers that are
-    off in the model have no switch.
+    off in the model have no switch. Where an algorithm chose the codes of a weight, the weight with its quantizer off,
+    or another in its place, is that from before the choice.
 
     Attributes:
         model: the copy. Its parameters are those of the model, which nothing here writes to.
@@ -48,7 +49,14 @@ class QuantizerSwitches:
             if isinstance(module, BiasQuantizer) and module.enabled:
                 steps = [str(a.target) for a in node.args[1:] if isinstance(a, fx.Node)]
                 self._biases[str(node.target)] = tuple(step.rpartition(".")[0] for step in steps)
-        self._replaced: dict[str, nn.Module] = {}
+        self._unrounded: dict[str, Tensor] = {}
+        known = record_of(graph_module).unrounded
+        for name, quantizer in self.quantizers.items():
+            if isinstance(quantizer, WeightQuantizer):
+                path, weight = self._stored(name)
+                if path in known:
+                    self._unrounded[name] = known[path].to(weight.device)
+        self._replaced: dict[str, Quantizer | _InPlaceOf] = {}
 
     def set(self, on: Collection[str], replaced: Mapping[str, Quantizer] | None = None) -> None:
         """Switches the quantizers `on` on and all others off.
@@ -67,6 +75,9 @@ class QuantizerSwitches:
         for name in list(self._replaced):
             self._put(name, self._modules[name])
         self._replaced = dict(replaced or {})
+        for name, weight in self._unrounded.items():
+            if name not in on:
+                self._replaced[name] = _InPlaceOf(weight, self._replaced.get(name, self.quantizers[name]))
         for name, module in self._replaced.items():
             self._put(name, module)
 
@@ -84,7 +95,11 @@ class QuantizerSwitches:
         return (node for node in self.calls if node.target == name)
 
     def weight_of(self, name: str) -> tuple[str, Tensor]:
-        """Path and value of the weight that a quantizer quantizes."""
+        """Path and value of the weight that a quantizer quantizes, before codes were chosen for it."""
+        path, weight = self._stored(name)
+        return path, self._unrounded.get(name, weight)
+
+    def _stored(self, name: str) -> tuple[str, Tensor]:
         source = next(self.calls_of(name)).args[0]
         assert isinstance(source, fx.Node)
         path = str(source.target)
@@ -105,6 +120,18 @@ class QuantizerSwitches:
     def _put(self, name: str, module: nn.Module) -> None:
         owner, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(owner), leaf, module)
+
+
+class _InPlaceOf(nn.Module):
+    """Gives what a quantizer makes of a weight, in place of the one that it is called with."""
+
+    def __init__(self, weight: Tensor, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.quantizer = weight, quantizer
+        self.step_size = quantizer.step_size  # biases read it
+
+    def forward(self, _weight: Tensor) -> Tensor:
+        return self.quantizer(self.weight)
 
 
 def bits_of(quantizer: Quantizer) -> int:

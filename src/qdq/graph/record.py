@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..calib.statistics import Statistics
 from ..errors import QdqError
@@ -30,6 +31,8 @@ class Record:
         output_names: of the exported file.
         statistics: what calibration saw in the float model.
         seen: what the ranges were found from: differs where an algorithm changed tensors.
+        unrounded: by their paths, weights as they were before an algorithm chose their codes: the graph's own are on
+            the grid of their step sizes, and the same with their quantizers on and off.
     """
 
     contract: InputContract
@@ -41,6 +44,7 @@ class Record:
     outputs: tuple[str | None, ...] = ()
     statistics: Statistics | None = None
     seen: Statistics | None = None
+    unrounded: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def has_record(module: object) -> bool:
