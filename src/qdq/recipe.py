@@ -23,6 +23,7 @@ from .recipe_values import (
     check_keys,
     check_weights,
     default_activations,
+    default_algorithms,
     default_weights,
     descriptor_data,
     is_float,
@@ -71,8 +72,8 @@ class Recipe:
             that one layer alone reads, and where inputs are known).
         algorithms: what improves the model once ranges are known, in this order: name -> options, or a list of names
             (the keys of `qdq.algorithms.registry.ALGORITHMS`; docs/algorithms.md has their options). By default
-            SmoothQuant and bias correction; an empty list leaves it at the ranges. Names and options are checked when
-            the recipe is applied.
+            SmoothQuant, GPTQ for layers of at most 32 products a value, and bias correction; an empty list leaves it at
+            the ranges. Names and options are checked when the recipe is applied.
         overrides: glob pattern -> `float` (keep in float), or an `Override`, or a mapping with the keys
             "weights", "activations", "calibration". Patterns match module paths and parameter names; "*.head" matches
             a module of that name and everything inside it. A later pattern wins. A pattern that matches nothing
@@ -96,9 +97,7 @@ class Recipe:
     calibration: str = "auto"
     percentile: float = 99.99
     weight_calibration: str = "auto"
-    algorithms: Mapping[str, Mapping[str, Any]] | Sequence[str] = dataclasses.field(
-        default_factory=lambda: {"smoothquant": {}, "bias_correction": {}}
-    )
+    algorithms: Mapping[str, Mapping[str, Any]] | Sequence[str] = dataclasses.field(default_factory=default_algorithms)
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     attention: bool | None = None

@@ -43,6 +43,11 @@ def default_activations() -> QuantDescriptor:
     return QuantDescriptor(num_bits=8, calib_method="histogram")
 
 
+def default_algorithms() -> dict[str, dict[str, Any]]:
+    """SmoothQuant, GPTQ for layers of few products (depthwise convolutions, first convolutions), bias correction."""
+    return {"smoothquant": {}, "gptq": {"most_products": 32, "positions": 2048}, "bias_correction": {}}
+
+
 def read_mapping(value: Any, what: str) -> Mapping[str, Any]:
     """The value, if it is a mapping; else a `RecipeError`, as for everything here that is not what it must be."""
     if not isinstance(value, Mapping):

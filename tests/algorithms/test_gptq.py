@@ -17,6 +17,7 @@ from algorithms.layer_cases import (
     weight_and_quantizer,
 )
 from algorithms.trained_nets import score
+from qdq.affine_quantizer import AffineQuantizer
 from qdq.algorithms.bias_correction import BiasCorrection
 from qdq.algorithms.gptq import GPTQ
 from qdq.algorithms.registry import algorithms_of
@@ -105,6 +106,50 @@ def test_pairs_that_must_not_saturate_stay_safe(name: str) -> None:
     assert_on_grid(qmodel)
 
 
+def test_layers_of_more_products_or_with_few_positions_can_be_left_alone() -> None:
+    model, batches = layer_model("grouped")
+    width = weight_and_quantizer(quantized(model, batches, bits=3))[0][0].numel()
+    unlimited = quantized(model, batches, bits=3)
+    measured(unlimited, batches, GPTQ())
+    for most, gains in ((width - 1, False), (width, True)):
+        qmodel = quantized(model, batches, bits=3)
+        before, _ = weight_and_quantizer(qmodel)
+        measured(qmodel, batches, GPTQ(most_products=most))
+        after, _ = weight_and_quantizer(qmodel)
+        assert torch.equal(after, weight_and_quantizer(unlimited)[0] if gains else before)
+    # Eight vectors for each of a row's products are enough, one fewer is not.
+    linear = nn.Sequential(nn.Linear(6, 40)).eval()
+    for count, changes in ((47, False), (48, True)):
+        vectors = [correlated(count, 6)]
+        qmodel = quantized(linear, vectors, bits=3)
+        before, _ = weight_and_quantizer(qmodel)
+        measured(qmodel, vectors, GPTQ(most_products=32))
+        assert torch.equal(weight_and_quantizer(qmodel)[0], before) is not changes
+
+
+def test_so_many_samples_are_asked_for() -> None:
+    assert (GPTQ().walk_samples, GPTQ(most_products=32).walk_samples) == (128, 64)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_codes_of_small_layers_hold_on_inputs_that_calibration_did_not_see(independent: bool) -> None:
+    """With as few positions as are taken: little is lost where there is nothing to gain, and much gained elsewhere."""
+    ratios = []
+    for seed in range(5):
+        x = randn(8 * 16 + 5000, 16, seed=seed) if independent else correlated(8 * 16 + 5000, 16, seed=seed)
+        seen, unseen = x[: 8 * 16], x[8 * 16 :]
+        model = nn.Sequential(nn.Linear(16, 64)).eval()
+        exact = nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(seed)).detach()
+        qmodel, errors = quantized(model, [seen]), []
+        for chosen in (False, True):
+            if chosen:
+                measured(qmodel, [seen], GPTQ(most_products=16))
+            weight, quantizer = weight_and_quantizer(qmodel)
+            errors.append(float(((quantizer(weight) - exact) @ unseen.T).square().sum()))
+        ratios.append(errors[1] / errors[0])
+    assert max(ratios) < (1.15 if independent else 0.9)
+
+
 def test_inputs_that_are_always_zero() -> None:
     model = nn.Sequential(nn.Linear(8, 4)).eval()
     batches = [correlated(32, 8)]
@@ -118,6 +163,19 @@ def test_inputs_that_are_always_zero() -> None:
     silent = quantized(nn.Sequential(nn.Linear(8, 4)).eval(), [torch.zeros(4, 8)])
     measured(silent, [torch.zeros(4, 8)], GPTQ())
     assert_on_grid(silent)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_inputs_that_are_not_finite_leave_the_layer_as_it_is(value: float) -> None:
+    model, batches = layer_model("linear")
+    qmodel = quantized(model, batches)
+    before, _ = weight_and_quantizer(qmodel)
+    quantizer = qmodel.get_submodule("input_quantizer")
+    assert isinstance(quantizer, AffineQuantizer)
+    quantizer.enabled = False  # which would cut it off
+    batches[0][3, 5] = value
+    measured(qmodel, batches, GPTQ())
+    assert torch.equal(weight_and_quantizer(qmodel)[0], before)
 
 
 def test_damping_that_is_too_small_for_the_inputs_is_told_with_the_layer() -> None:
@@ -143,6 +201,7 @@ def test_trained_nets_gain(net: str) -> None:
         ({"block_size": 0}, "block_size must be an integer of at least 1, not 0"),
         ({"order": "random"}, "order must be 'descending' or 'given', not 'random'"),
         ({"positions": 0}, "positions must be an integer of at least 1, not 0"),
+        ({"most_products": 0}, "most_products must be an integer of at least 1, not 0"),
         ({"seed": 0.5}, "seed must be an integer of at least 0, not 0.5"),
     ],
 )

@@ -33,13 +33,13 @@ def test_from_ranges_alone_every_algorithm_finds_its_place() -> None:
     tried = rungs(RANGES)
     assert list(tried) == [
         "as given",
-        "calibration auto, SmoothQuant, bias correction",
+        "calibration auto, SmoothQuant, GPTQ of small layers, bias correction",
         "equalization",
         "per-channel weights",
         "AdaRound",
         "fine-tuning",
     ]
-    like_the_default = tried["calibration auto, SmoothQuant, bias correction"]
+    like_the_default = tried["calibration auto, SmoothQuant, GPTQ of small layers, bias correction"]
     assert (like_the_default.calibration, like_the_default.algorithms) == (Recipe().calibration, Recipe().algorithms)
     assert like_the_default.weights == RANGES.weights
     assert list(tried["fine-tuning"].algorithms) == [
@@ -59,11 +59,12 @@ def test_from_ranges_alone_every_algorithm_finds_its_place() -> None:
         (Recipe(weight_calibration="max"), "equalization"),
         (Recipe(weights=QuantDescriptor(4, axis=0), weight_calibration="max"), "weight calibration auto"),
         (Recipe(weights=QuantDescriptor(7, axis=0), weight_calibration="max"), "equalization"),
-        (Recipe(algorithms=["bias_correction"]), "SmoothQuant"),
+        (Recipe(algorithms=["bias_correction"]), "SmoothQuant, GPTQ of small layers"),
+        (Recipe(algorithms=["adaround", "bias_correction"]), "SmoothQuant"),
         (Recipe(algorithms=["smoothquant", "gptq"]), "bias correction"),
-        (Recipe(algorithms=[]), "SmoothQuant, bias correction"),
-        (Recipe(algorithms={"bias_correction": {}, "smoothquant": {"alpha": 0.7}}), "equalization"),
-        (Recipe(algorithms=["equalization", "smoothquant", "bias_correction"]), "AdaRound"),
+        (Recipe(algorithms=[]), "SmoothQuant, GPTQ of small layers, bias correction"),
+        (Recipe(algorithms={"bias_correction": {}, "gptq": {}, "smoothquant": {"alpha": 0.7}}), "equalization"),
+        (Recipe(algorithms=["equalization", "smoothquant", "bias_correction"]), "GPTQ of small layers"),
     ],
 )
 def test_only_what_is_lacking_is_tried_and_named(recipe: Recipe, second: str) -> None:
@@ -100,7 +101,7 @@ def test_where_all_codes_are_chosen_those_of_some_layers_are_not(rounding: str) 
 def test_each_algorithm_is_added_at_its_place_among_all_others() -> None:
     order = [
         *("equalization", "smoothquant", "awq"),
-        *("weight_clipping", "gptq", "adaround", "block_reconstruction", "bias_correction", "fine_tuning"),
+        *("weight_clipping", "adaround", "gptq", "block_reconstruction", "bias_correction", "fine_tuning"),
     ]
     assert set(order) == set(ALGORITHMS)
     for name, lacking in (("equalization", 0), ("fine-tuning", 8), ("SmoothQuant", 1), ("bias correction", 7)):
@@ -109,7 +110,7 @@ def test_each_algorithm_is_added_at_its_place_among_all_others() -> None:
         assert list(tried[name].algorithms) == order
     # What scales the weights comes before what has looked at their sizes.
     tried = rungs(Recipe(algorithms=["awq"]))
-    assert list(tried["equalization"].algorithms) == ["equalization", "smoothquant", "awq", "bias_correction"]
+    assert list(tried["equalization"].algorithms) == ["equalization", "smoothquant", "awq", "gptq", "bias_correction"]
     few = rungs(Recipe(algorithms=["awq", "weight_clipping", "block_reconstruction"]), kept=False)
     assert list(few["AdaRound"].algorithms) == ["awq", "weight_clipping", "adaround"]
 
@@ -134,5 +135,9 @@ def test_weights_of_few_bits_and_the_worst_layers_take_rungs_of_their_own() -> N
     many = rungs(Recipe(), list("abcdefghi"))
     assert many["AdaRound of the 3 worst layers"].algorithms["adaround"] == {"layers": ["a", "b", "c"]}  # type: ignore[call-overload]
     assert many["AdaRound"].algorithms["adaround"] == {}  # type: ignore[call-overload]
+    # GPTQ of small layers stays beside AdaRound of others, behind it, and has nothing to do beside that of all.
+    names = ["equalization", "smoothquant", "adaround", "gptq", "bias_correction"]
+    assert list(many["AdaRound of the 3 worst layers"].algorithms) == names
+    assert list(many["AdaRound"].algorithms) == [name for name in names if name != "gptq"]
     # Once weights have 8 bits there is nothing of theirs to be raised.
     assert "8-bit weights" not in rungs(Recipe(), ["a", "b", "c"])

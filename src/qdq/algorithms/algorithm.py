@@ -24,12 +24,15 @@ class Algorithm:
     Attributes:
         name: in recipes.
         citation: the paper.
-        walk_samples: how many samples it wants the walk to compute: each costs a pass of both models.
     """
 
     name: ClassVar[str]
     citation: ClassVar[str]
-    walk_samples: ClassVar[int] = MOST_SAMPLES
+
+    @property
+    def walk_samples(self) -> int:
+        """How many samples it wants the walk to compute: each costs a pass of both models."""
+        return MOST_SAMPLES
 
     def check(self, graph: fx.Graph) -> None:
         """Refuses options that do not fit a captured model.

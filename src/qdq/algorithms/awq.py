@@ -43,7 +43,6 @@ class AWQ(Algorithm):
 
     name: ClassVar[str] = "awq"
     citation: ClassVar[str] = "Lin et al. 2023, arXiv:2306.00978"
-    walk_samples: ClassVar[int] = 0
 
     steps: int = 20
     positions: int = 512

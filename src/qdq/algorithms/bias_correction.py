@@ -38,8 +38,11 @@ class BiasCorrection(Algorithm):
 
     name: ClassVar[str] = "bias_correction"
     citation: ClassVar[str] = "Nagel et al. 2019, arXiv:1906.04721"
-    # Means of twice as many are no better: SQNR of trained MobileNets and ResNets differs by chance (0.3 dB) alone.
-    walk_samples: ClassVar[int] = 64
+
+    @property
+    def walk_samples(self) -> int:
+        """Means of twice as many are no better: SQNR of trained MobileNets and ResNets differs by chance alone."""
+        return 64
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Corrects the layer's bias."""

@@ -49,7 +49,6 @@ class Equalization(Algorithm):
 
     name: ClassVar[str] = "equalization"
     citation: ClassVar[str] = "Nagel et al. 2019, arXiv:1906.04721"
-    walk_samples: ClassVar[int] = 0
 
     iterations: int = 100
     tolerance: float = 1e-3

@@ -8,12 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..calib.statistics import MOST_SAMPLES
 from ..errors import CalibrationError
 from .algorithm import Algorithm
+from .layer_matrix import LayerMatrix
 from .option_checks import check_integer, check_real
 from .output_error import OutputError
 from .rounding import keep_better, limit_rows, step_rows
 from .walk import LayerVisit
+
+# For each product of a layer of few. With 8 the error on other inputs grows by 5 % where inputs are independent, and
+# falls to half where they are correlated, as the taps of a kernel are; with 1 it can triple.
+_LEAST_POSITIONS = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class GPTQ(Algorithm):
         order: "descending" takes the columns of the largest inputs first, "given" takes them as they are.
         positions: so many positions of a layer's output are looked at, drawn where there are more.
         seed: of the draw.
+        most_products: layers that add up more products for a value of their result (kernel size x input channels of a
+            group) are left alone, and so are those of which the samples show fewer than 8 positions for each product:
+            codes chosen from fewer lose as often as they gain. None, the default, takes all layers.
     """
 
     name: ClassVar[str] = "gptq"
@@ -44,6 +53,7 @@ class GPTQ(Algorithm):
     order: str = "descending"
     positions: int = 16384
     seed: int = 0
+    most_products: int | None = None
 
     def __post_init__(self) -> None:
         check_real("damping", self.damping, above=0.0)
@@ -52,18 +62,32 @@ class GPTQ(Algorithm):
             raise ValueError(f"order must be 'descending' or 'given', not {self.order!r}")
         check_integer("positions", self.positions, least=1)
         check_integer("seed", self.seed, least=0)
+        if self.most_products is not None:
+            check_integer("most_products", self.most_products, least=1)
+
+    @property
+    def walk_samples(self) -> int:
+        """Layers of few products have few codes to choose, and many positions in each sample."""
+        return MOST_SAMPLES if self.most_products is None else 64
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Sets the layer's weight to the chosen codes times the step sizes, which stay.
 
+        Inputs that are not finite leave the layer as it is.
+
         Raises:
             CalibrationError: the damping is too small for the layer's inputs.
         """
+        if self.most_products is not None and not _is_small(visit, self.most_products):
+            return
         error = OutputError(visit, self.positions, self.seed)
-        if error.constant.numel() and error.count:
+        if not error.constant.numel() or not error.count:
+            return
+        hessian = error.hessian
+        if torch.isfinite(hessian).all():
             least, most = limit_rows(visit, error)
             try:
-                codes = self.codes(error.rows, error.hessian, step_rows(visit, error), least, most)
+                codes = self.codes(error.rows, hessian, step_rows(visit, error), least, most)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 raise CalibrationError(
                     f"gptq: the inputs of layer {visit.layer.name!r} leave its Hessian singular with damping="
@@ -114,3 +138,10 @@ class GPTQ(Algorithm):
         diagonal.masked_fill_(dead, 1.0)
         lower = torch.linalg.cholesky(hessian)
         return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def _is_small(visit: LayerVisit, most: int) -> bool:
+    """Whether a layer adds up at most so many products, and the samples show enough positions to choose codes by."""
+    matrix = LayerMatrix(visit.layer, visit.weight)
+    width = matrix.rows(visit.weight).shape[2]
+    return width <= most and sum(matrix.positions(x) for x in visit.inputs) >= _LEAST_POSITIONS * width

@@ -56,7 +56,6 @@ class SmoothQuant(Algorithm):
 
     name: ClassVar[str] = "smoothquant"
     citation: ClassVar[str] = "Xiao et al. 2022, arXiv:2211.10438"
-    walk_samples: ClassVar[int] = 0
 
     alpha: float | str = "auto"
     multiply: bool = True

@@ -19,16 +19,16 @@ _ORDER = (
     "smoothquant",
     "awq",
     "weight_clipping",
-    "gptq",
     "adaround",
+    "gptq",
     "block_reconstruction",
     "bias_correction",
     "fine_tuning",
 )
-# Each sets the codes of a layer by itself.
+# Each sets the codes of a layer by itself. Behind AdaRound of some layers, GPTQ finds codes there and leaves them.
 _ROUNDINGS = ("gptq", "adaround", "block_reconstruction")
 # As rungs are named.
-_NAMES = {"smoothquant": "SmoothQuant", "bias_correction": "bias correction"}
+_NAMES = {"smoothquant": "SmoothQuant", "gptq": "GPTQ of small layers", "bias_correction": "bias correction"}
 FULL_BITS = 8
 
 # The names of a layer's weight, from the layer that costs most on.
@@ -64,7 +64,7 @@ def _rungs(best: Callable[[], Recipe], worst: Callable[[str], Order]) -> Iterato
     yield "equalization", _add(best(), "equalization")
     yield "per-channel weights", _weights(best(), _per_channel)
     # Where codes are chosen already, those of a part of the layers would lose by it.
-    order = () if set(_ROUNDINGS).intersection(best().algorithms) else worst("rounding")
+    order = () if _roundings(best(), of_all=True) else worst("rounding")
     if len(order) > 1:
         some = _first(order, math.ceil(len(order) / 4))
         yield f"AdaRound of the {_layers(len(some))}", _add(best(), "adaround", {"layers": some})
@@ -92,9 +92,9 @@ def _like_the_default(recipe: Recipe) -> tuple[str, Recipe]:
     if recipe.weight_calibration != default.weight_calibration and clipped:
         recipe = dataclasses.replace(recipe, weight_calibration=default.weight_calibration)
         changes.append(f"weight calibration {default.weight_calibration}")
-    for name in default.algorithms:
-        if name not in recipe.algorithms:
-            recipe = _add(recipe, name)
+    for name, options in default.algorithms.items():  # type: ignore[union-attr]
+        if name not in recipe.algorithms and not (name in _ROUNDINGS and _roundings(recipe)):
+            recipe = _add(recipe, name, options)
             changes.append(_NAMES[name])
     return ", ".join(changes), recipe
 
@@ -122,7 +122,7 @@ def _add(recipe: Recipe, name: str, options: Mapping[str, Any] | None = None) ->
     if name in known:
         return recipe
     if name in _ROUNDINGS:
-        known = {other: options for other, options in known.items() if other not in _ROUNDINGS}
+        known = {other: options for other, options in known.items() if other not in _roundings(recipe, of_all=True)}
     later = [index for index, other in enumerate(known) if other in _ORDER[_ORDER.index(name) :]]
     position = later[0] if later else len(known)
     items: list[tuple[str, Mapping[str, Any]]] = list(known.items())
@@ -133,7 +133,17 @@ def _everywhere(recipe: Recipe, name: str) -> Recipe:
     """The recipe with an algorithm applied to all layers."""
     algorithms = {other: dict(options) for other, options in recipe.algorithms.items()}  # type: ignore[union-attr]
     algorithms[name].pop("layers", None)
+    for other in set(_ROUNDINGS) - {name}:
+        algorithms.pop(other, None)
     return dataclasses.replace(recipe, algorithms=algorithms)
+
+
+def _roundings(recipe: Recipe, of_all: bool = False) -> list[str]:
+    """The algorithms of a recipe that choose codes; `of_all` leaves out GPTQ of layers of few products alone."""
+    known = recipe.algorithms
+    assert isinstance(known, Mapping)
+    found = [name for name in _ROUNDINGS if name in known]
+    return [n for n in found if not (of_all and n == "gptq" and known[n].get("most_products") is not None)]
 
 
 def _weights(recipe: Recipe, change: Callable[[QuantDescriptor], QuantDescriptor]) -> Recipe:
