@@ -86,7 +86,7 @@ test: $(VENV)/.installed-dev ## lint, format check, type check, tests, a selecti
 	step lint $(BIN)/ruff check $(CODE); \
 	step format $(BIN)/ruff format --check $(CODE); \
 	step types $(BIN)/basedpyright --pythonpath $(BIN)/python; \
-	step tests env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(PYTEST_FLAGS); \
+	step tests env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_FLAGS); \
 	step tests-without-compiled-kernels env QDQ_LIBRARY= OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -q -n $(WORKERS) --benchmark-disable $(REFERENCE); \
 	echo; \

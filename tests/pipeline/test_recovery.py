@@ -82,7 +82,7 @@ def test_every_rung_is_tried_in_order(climbed: tuple[qdq.Recovery, Path]) -> Non
     found = climbed[0]
     assert [rung.name for rung in found.rungs] == [
         "as given",
-        "calibration auto, SmoothQuant, bias correction",
+        "calibration auto, SmoothQuant, GPTQ of small layers, bias correction",
         "equalization",
         "per-channel weights",
         "AdaRound of the worst layer",
