@@ -45,7 +45,7 @@ def default_activations() -> QuantDescriptor:
 
 def default_algorithms() -> dict[str, dict[str, Any]]:
     """SmoothQuant, GPTQ for layers of few products (depthwise convolutions, first convolutions), bias correction."""
-    return {"smoothquant": {}, "gptq": {"most_products": 32, "positions": 2048}, "bias_correction": {}}
+    return {"smoothquant": {}, "gptq": {"most_products": 32, "positions": 512}, "bias_correction": {}}
 
 
 def read_mapping(value: Any, what: str) -> Mapping[str, Any]:

@@ -125,6 +125,10 @@ def test_layers_of_more_products_or_with_few_positions_can_be_left_alone() -> No
         before, _ = weight_and_quantizer(qmodel)
         measured(qmodel, vectors, GPTQ(most_products=32))
         assert torch.equal(weight_and_quantizer(qmodel)[0], before) is not changes
+    # As many must be looked at.
+    qmodel = quantized(linear, vectors, bits=3)
+    measured(qmodel, vectors, GPTQ(most_products=32, positions=47))
+    assert torch.equal(weight_and_quantizer(qmodel)[0], before)
 
 
 def test_so_many_samples_are_asked_for() -> None:

@@ -382,7 +382,7 @@ def test_recipes_refuse_what_names_no_algorithms(algorithms, told: str) -> None:
 
 
 def test_recipes_with_algorithms_come_back_from_yaml() -> None:
-    small = {"most_products": 32, "positions": 2048}
+    small = {"most_products": 32, "positions": 512}
     recipe = Recipe(algorithms={"smoothquant": {}, "gptq": small, "bias_correction": {}}, calibration="mse")
     assert recipe == Recipe(calibration="mse") == Recipe.from_yaml(recipe.to_yaml())
     recipe = Recipe(algorithms={"b": {"x": 1}, "a": {}})

@@ -78,7 +78,7 @@ class GPTQ(Algorithm):
         Raises:
             CalibrationError: the damping is too small for the layer's inputs.
         """
-        if self.most_products is not None and not _is_small(visit, self.most_products):
+        if self.most_products is not None and not self._is_chosen(visit, self.most_products):
             return
         error = OutputError(visit, self.positions, self.seed)
         if not error.constant.numel() or not error.count:
@@ -128,6 +128,13 @@ class GPTQ(Algorithm):
             left[..., stop:] -= errors @ inverse[:, start:stop, stop:]
         return torch.empty_like(codes).scatter_(2, columns, codes).float()
 
+    def _is_chosen(self, visit: LayerVisit, most: int) -> bool:
+        """Whether a layer adds up at most so many products, and there are enough positions to choose its codes by."""
+        matrix = LayerMatrix(visit.layer, visit.weight)
+        width = matrix.rows(visit.weight).shape[2]
+        count = sum(matrix.positions(x) for x in visit.inputs)
+        return width <= most and min(count, self.positions) >= _LEAST_POSITIONS * width
+
     def _inverse_root(self, hessian: Tensor, order: Tensor) -> Tensor:
         """The upper Cholesky factor of the inverse of the damped Hessian, its columns in the given order."""
         hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
@@ -138,10 +145,3 @@ class GPTQ(Algorithm):
         diagonal.masked_fill_(dead, 1.0)
         lower = torch.linalg.cholesky(hessian)
         return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-
-
-def _is_small(visit: LayerVisit, most: int) -> bool:
-    """Whether a layer adds up at most so many products, and the samples show enough positions to choose codes by."""
-    matrix = LayerMatrix(visit.layer, visit.weight)
-    width = matrix.rows(visit.weight).shape[2]
-    return width <= most and sum(matrix.positions(x) for x in visit.inputs) >= _LEAST_POSITIONS * width
