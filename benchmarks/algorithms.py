@@ -1,7 +1,7 @@
 """What each algorithm of a recipe gains by itself, on models with trained weights, as deployed.
 
     python benchmarks/algorithms.py                      # about ten minutes on 2 cores
-    python benchmarks/algorithms.py --models s1 --json -
+    python benchmarks/algorithms.py --models s1 --settings W4A8 --json -
 
 Every row is one algorithm alone beside the same recipe without it: SQNR against the float model, of the exported file
 in ONNX Runtime, on inputs that calibration did not see. Weights of few bits are rounded over their whole ranges
@@ -60,6 +60,10 @@ class Setting:
 
 _ROUNDING = ("bias_correction", "weight_clipping", "gptq", "adaround")
 _IN_BLOCKS = {"activations": "float"}
+_SMALL = "gptq of small layers"
+# As the default recipe has it.
+_OPTIONS = {_SMALL: ("gptq", Recipe().algorithms["gptq"])}  # type: ignore[call-overload]
+_IN_8_BITS = ("bias_correction", _SMALL, f"{_SMALL} + bias_correction")
 SETTINGS = (
     Setting("s1", "W4A8 per channel", {"weights": _weights(4)}, (*_ROUNDING, "block_reconstruction")),
     Setting("s2", "W4A8 per channel", {"weights": _weights(4)}, _ROUNDING),
@@ -78,7 +82,10 @@ SETTINGS = (
         ("equalization", "bias_correction", "equalization + bias_correction"),
         ("max",),
     ),
+    Setting("p1", "W8A8 per channel", {}, _IN_8_BITS, ("max",)),
+    Setting("s2", "W8A8 per channel", {}, _IN_8_BITS, ("max",)),
     Setting("minilm", "W8A8 per channel, min-max", {"calibration": "max"}, ("smoothquant",), ("max",)),
+    Setting("minilm", "W4 per channel", {"weights": _weights(4), **_IN_BLOCKS}, ("awq",)),
     Setting("minilm", "W4 in blocks of 128", {"weights": _weights(4, block_size=128), **_IN_BLOCKS}, ("awq", "gptq")),
     Setting(
         "minilm",
@@ -95,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = list(dict.fromkeys(setting.model for setting in SETTINGS))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
+    parser.add_argument("--settings", nargs="+", metavar="WORDS", help="those whose words begin so; default: all")
+    parser.add_argument("--add", action="store_true", help="keep what the JSON file has of other settings")
     parser.add_argument("--json", metavar="FILE", help="default results/algorithms.json; - writes none")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -103,8 +112,16 @@ def main(arguments: list[str] | None = None) -> int:
     report: dict[str, Any] = {"environment": measure.environment(), "rows": []}
     print(report["environment"], flush=True)
     chosen = [setting for setting in SETTINGS if setting.model in options.models]
+    if options.settings:
+        chosen = [setting for setting in chosen if setting.words.startswith(tuple(options.settings))]
+    if not chosen:
+        parser.error("no setting has such a model and such words")
     built = {name: cases.build(name) for name in dict.fromkeys(setting.model for setting in chosen)}
     path = Path(options.json or RESULTS)
+    if options.add and path.exists():
+        new = {(setting.model, setting.words) for setting in chosen}
+        known = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        report["rows"] = [row for row in known if (row["model"], row["setting"]) not in new]
     for setting in chosen:
         report["rows"] += _rows(setting, built[setting.model])
         if options.json != "-":
@@ -132,7 +149,8 @@ def _measured(
 ) -> tuple[float, float]:
     """SQNR in dB of the exported file, and the processor's seconds that the quantization took."""
     measure.progress(f"{setting.model}, {setting.words}, {_RANGES[ranges]}: {', '.join(algorithms) or 'plain'}")
-    recipe = Recipe(**setting.fields, weight_calibration=ranges, algorithms=algorithms)
+    options = dict(_OPTIONS.get(name, (name, {})) for name in algorithms)
+    recipe = Recipe(**setting.fields, weight_calibration=ranges, algorithms=options)
     start = time.process_time()
     model = qdq.quantize(
         case.model, case.calibration, recipe=recipe, progress=False, dynamic_shapes=contenders.shapes(case)

@@ -1,12 +1,13 @@
-"""What tells one float model from another: a digest of its parameters, buffers and modules."""
+"""What tells one float model, or tensor, from another: a digest of its parameters, buffers and modules."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Addresses, sets (whose order changes from process to process) and devices.
 _PASSING = re.compile(r"0x[0-9a-fA-F]+|[{]|\b(cpu|cuda|mps|xpu|meta)\b")
@@ -28,10 +29,21 @@ def fingerprint(model: nn.Module) -> str:
         if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             digest.update(f"{name};".encode())
             continue
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(values.view(torch.uint8).numpy())
+        _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def fingerprint_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and values, as hexadecimal text."""
+    digest = hashlib.sha256()
+    _add(digest, "", tensor)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    digest.update(values.view(torch.uint8).numpy())
 
 
 def _settings(module: nn.Module) -> str:

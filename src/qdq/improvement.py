@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .affine_quantizer import AffineQuantizer
 from .algorithms.layer import layers_of
@@ -28,7 +28,8 @@ from .calibration import (
     quantized_tensors,
 )
 from .constant_quantizers import CLIPPED_BITS
-from .graph.record import record_of
+from .fingerprint import fingerprint_of
+from .graph.record import Unrounded, record_of
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Improved(NamedTuple):
 
     statistics: Statistics
     seen: Statistics
-    unrounded: dict[str, Tensor]
+    unrounded: dict[str, Unrounded]
 
 
 def improve(graph_module: fx.GraphModule, statistics: Statistics, recipe: Recipe, progress: bool = True) -> Improved:
@@ -91,7 +92,7 @@ def improve(graph_module: fx.GraphModule, statistics: Statistics, recipe: Recipe
     settled = functions_behind(graph_module)
     chosen = [q for q in chosen if q.name not in settled]
     visitors: list[Visitor] = [*algorithms]
-    unrounded: dict[str, Tensor] = {}
+    unrounded: dict[str, Unrounded] = {}
     most = max((algorithm.walk_samples for algorithm in algorithms), default=0)
     few_bits = any(layer.quantizer.num_bits <= CLIPPED_BITS for layer in layers_of(graph_module).values())
     few_bits = few_bits and recipe.weight_calibration == "auto"
@@ -115,12 +116,12 @@ def improve(graph_module: fx.GraphModule, statistics: Statistics, recipe: Recipe
     return Improved(Statistics({**statistics.histograms, **unchanged}, statistics.samples), seen, unrounded)
 
 
-def _unrounded(graph_module: fx.GraphModule, walk: Walk) -> dict[str, Tensor]:
+def _unrounded(graph_module: fx.GraphModule, walk: Walk) -> dict[str, Unrounded]:
     """The weights whose codes were chosen, as they were before. (Those of fine-tuning are not on the grid.)"""
     layers = {layer.weight: layer.quantizer for layer in layers_of(graph_module).values()}
     chosen = [path for path in walk.replaced if path in layers]
     return {
-        path: walk.original(path).detach()
+        path: Unrounded(walk.original(path).detach(), fingerprint_of(walk.parameter(path)))
         for path in chosen
         if torch.equal(layers[path](walk.parameter(path)), walk.parameter(path))
     }

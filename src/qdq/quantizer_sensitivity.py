@@ -55,8 +55,9 @@ def sensitivity(
             anew; weights with at most 8.
         kinds: what is tried: "activation", "weight", and "layer" (weight and input at once, with its own bits alone).
         float_model: of a quantized model, the float model whose outputs are the reference for `quantized` and
-            `alone_off`. None takes the graph with its quantizers off, whose biases and weights are those that the
-            recipe's algorithms (bias correction) left.
+            `alone_off`. None takes the graph with its quantizers off, whose biases are those that bias correction left,
+            and whose weights are those of fine-tuning where the recipe has that. (Weights whose codes an algorithm
+            chose are those from before.)
         samples_at_once: batches are run in parts of so many samples, where dimension 0 of all inputs is dynamic: all
             values of one part are kept in memory. None runs each batch whole.
         inputs_of, progress: as for `qdq.quantize`.

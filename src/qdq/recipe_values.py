@@ -44,7 +44,7 @@ def default_activations() -> QuantDescriptor:
 
 
 def default_algorithms() -> dict[str, dict[str, Any]]:
-    """SmoothQuant, GPTQ for layers of few products (depthwise convolutions, first convolutions), bias correction."""
+    """SmoothQuant, bias correction, and between GPTQ of small layers: depthwise up to 5 x 5, 3 x 3 of 3 channels."""
     return {"smoothquant": {}, "gptq": {"most_products": 32, "positions": 512}, "bias_correction": {}}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qdq
 from algorithms.layer_cases import (
     LAYERS,
     assert_on_grid,
@@ -20,7 +21,7 @@ from algorithms.trained_nets import score
 from qdq.affine_quantizer import AffineQuantizer
 from qdq.algorithms.bias_correction import BiasCorrection
 from qdq.algorithms.gptq import GPTQ
-from qdq.algorithms.registry import algorithms_of
+from qdq.algorithms.registry import ALGORITHMS, algorithms_of
 from qdq.errors import CalibrationError, RecipeError
 
 
@@ -132,7 +133,62 @@ def test_layers_of_more_products_or_with_few_positions_can_be_left_alone() -> No
 
 
 def test_so_many_samples_are_asked_for() -> None:
+    """Each costs a pass of both models. Those whose factors are found before the walk want none."""
     assert (GPTQ().walk_samples, GPTQ(most_products=32).walk_samples) == (128, 64)
+    wanted = {name: kind().walk_samples for name, kind in ALGORITHMS.items()}
+    assert {name for name, samples in wanted.items() if not samples} == {"smoothquant", "equalization", "awq"}
+    assert max(algorithm.walk_samples for algorithm in algorithms_of(qdq.Recipe().algorithms)) == 64
+
+
+def test_by_default_small_layers_alone_get_other_codes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    batches = [correlated(8, 8, 12, 12, seed=s) for s in (0, 1)]
+    with_it, without = (
+        qdq.quantize(model, batches, recipe=recipe, progress=False)
+        for recipe in (qdq.Recipe(), qdq.Recipe(algorithms=["smoothquant", "bias_correction"]))
+    )
+    assert torch.equal(with_it.get_parameter("2.weight"), without.get_parameter("2.weight"))
+    assert torch.equal(without.get_parameter("0.weight"), model.get_parameter("0.weight"))
+    assert_on_grid(with_it)
+    unseen = correlated(16, 8, 12, 12, seed=2)
+    with torch.no_grad():
+        wanted = model(unseen)
+        errors = [float((qmodel(unseen) - wanted).square().sum()) for qmodel in (with_it, without)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_weight_that_is_read_in_float_too_keeps_its_values() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(50, 16)
+            self.head = nn.Linear(16, 50)
+            self.head.weight = self.words.weight
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.words(x)
+            return y, self.head(y)
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    batches = [torch.randint(0, 50, (32, 12), generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    for algorithms in (qdq.Recipe().algorithms, ["adaround"], ["gptq"]):
+        qmodel = qdq.quantize(
+            model, batches, recipe=qdq.Recipe(exclude=("words",), algorithms=algorithms), progress=False
+        )
+        assert qmodel.get_submodule("head.weight_quantizer") is not None
+        with torch.no_grad():
+            assert torch.equal(qmodel(batches[0])[0], model(batches[0])[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_inputs_too_small_for_squares_are_no_inputs(seed: int) -> None:
+    linear = nn.Linear(16, 8)
+    nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(seed))
+    vectors = [1e-22 * correlated(256, 16, seed=seed)]
+    qmodel = qdq.quantize(nn.Sequential(linear).eval(), vectors, progress=False)
+    assert bool(torch.isfinite(qmodel(vectors[0])).all())
 
 
 @pytest.mark.parametrize("independent", [True, False])

@@ -303,10 +303,29 @@ def test_a_weight_whose_codes_were_chosen_is_the_float_one_when_off(algorithms: 
     four.fit(own["mix.weight"].detach(), "auto")
     alone = sqnr_db(reference, floats(swapped((), four), BATCHES))
     assert result.find(name, 4).alone_on == pytest.approx(alone, abs=1e-6)
+
+    def closeness(candidate: nn.Module) -> float:
+        return sqnr_db(reference, floats(candidate, BATCHES))
+
+    by_metric = sensitivity(qmodel, BATCHES, closeness, kinds=["weight"], bits=4)
+    for bits in (8, 4):
+        assert by_metric.find(name, bits).alone_on == pytest.approx(result.find(name, bits).alone_on, abs=1e-6)
     # The model itself has its own quantizer and codes still.
     assert quantize(model, BATCHES, recipe=qdq.Recipe(algorithms=algorithms))(BATCHES[0])[0].equal(
         qmodel(BATCHES[0])[0]
     )
+
+
+def test_a_weight_that_was_trained_since_is_the_one_that_counts() -> None:
+    qmodel = quantize(Branches().eval(), BATCHES, recipe=qdq.Recipe(algorithms=["gptq"]))
+    plain = quantize(Branches().eval(), BATCHES, recipe=PLAIN)
+    with torch.no_grad():
+        for one in (qmodel, plain):
+            for name, value in one.named_parameters():
+                value.copy_(1.25 * Branches().eval().get_parameter(name))
+    plain.load_state_dict(qmodel.state_dict())
+    found, expected = (sensitivity(one, BATCHES) for one in (qmodel, plain))
+    assert found == expected
 
 
 def test_a_range_before_a_silu_is_found_by_its_results_at_other_bits_too() -> None:

@@ -51,6 +51,11 @@ class AWQ(Algorithm):
         check_integer("steps", self.steps, 1)
         check_integer("positions", self.positions, 1)
 
+    @property
+    def walk_samples(self) -> int:
+        """None: its factors are found before the walk."""
+        return 0
+
     @torch.no_grad()
     def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
         """Scales every tensor that layers alone read, where it lessens the error. Returns their names."""

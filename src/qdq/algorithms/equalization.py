@@ -62,6 +62,11 @@ class Equalization(Algorithm):
         if not isinstance(self.activations, bool):
             raise ValueError(f"activations must be True or False, not {self.activations!r}")
 
+    @property
+    def walk_samples(self) -> int:
+        """None: its factors are found before the walk."""
+        return 0
+
     @torch.no_grad()
     def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
         """Equalizes every pair of layers. Returns the names of the tensors between them."""

@@ -17,6 +17,8 @@ from .output_error import OutputError
 from .rounding import keep_better, limit_rows, step_rows
 from .walk import LayerVisit
 
+# What a Hessian's diagonal must have: squares below are no longer exact in float32.
+_NOTHING = 1e-35
 # For each product of a layer of few. With 8 the error on other inputs grows by 5 % where inputs are independent, and
 # falls to half where they are correlated, as the taps of a kernel are; with 1 it can triple.
 _LEAST_POSITIONS = 8
@@ -41,8 +43,9 @@ class GPTQ(Algorithm):
         positions: so many positions of a layer's output are looked at, drawn where there are more.
         seed: of the draw.
         most_products: layers that add up more products for a value of their result (kernel size x input channels of a
-            group) are left alone, and so are those of which the samples show fewer than 8 positions for each product:
-            codes chosen from fewer lose as often as they gain. None, the default, takes all layers.
+            group) are left alone, and so are those of which fewer than 8 positions for each product are looked at
+            (`positions`, or fewer in the samples): codes chosen from fewer lose as often as they gain. None, the
+            default, takes all layers.
     """
 
     name: ClassVar[str] = "gptq"
@@ -139,7 +142,7 @@ class GPTQ(Algorithm):
         """The upper Cholesky factor of the inverse of the damped Hessian, its columns in the given order."""
         hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
         diagonal = hessian.diagonal(dim1=1, dim2=2)
-        dead = diagonal == 0
+        dead = diagonal < _NOTHING
         diagonal += self.damping * diagonal.mean(1, keepdim=True)
         # Rows and columns of dead values are zero but for this: nothing moves to or from them.
         diagonal.masked_fill_(dead, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,17 +50,17 @@ def layers_of(graph_module: fx.GraphModule) -> dict[fx.Node, Layer]:
     A weight that several operations read belongs to none of them alone, and such operations are no layers; nor are
     those whose weight quantizer is `fixed`.
     """
-    modules = dict(graph_module.named_modules())
-    found = {node: _layer_of(node, modules) for node in graph_module.graph.nodes}
+    modules, reads = dict(graph_module.named_modules()), _reads(graph_module.graph)
+    found = {node: _layer_of(node, modules, reads) for node in graph_module.graph.nodes}
     return {node: layer for node, layer in found.items() if layer is not None}
 
 
-def layer_of(graph_module: fx.GraphModule, node: fx.Node) -> Layer | None:
-    """The layer that one node computes, None where it computes none: see `layers_of`."""
-    return _layer_of(node, dict(graph_module.named_modules()))
+def _reads(graph: fx.Graph) -> Counter[str]:
+    """How many operations read each parameter, be it in float."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "get_attr" for _ in node.users)
 
 
-def _layer_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Layer | None:
+def _layer_of(node: fx.Node, modules: Mapping[str, nn.Module], reads: Mapping[str, int]) -> Layer | None:
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     if node.op == "call_function":
         if kind_of(node) not in (Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION, Kind.LINEAR):
@@ -81,10 +82,12 @@ def _layer_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     if isinstance(bias, fx.Node) and bias.op == "call_module":
         assert isinstance(modules[str(bias.target)], BiasQuantizer)
         bias = bias.args[0]
-    if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1):
+    if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr" and reads[str(bias.target)] == 1):
         return None
     source = weight.args[0]
     assert isinstance(source, fx.Node)
+    if reads[str(source.target)] != 1:
+        return None
     spatial = re.search(r"conv(?:_transpose)?(\d)d", str(operation))
     return Layer(
         name=str(source.target),

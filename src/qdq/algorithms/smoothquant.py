@@ -67,6 +67,11 @@ class SmoothQuant(Algorithm):
         if not isinstance(self.multiply, bool):
             raise ValueError(f"multiply must be true or false, not {self.multiply!r}")
 
+    @property
+    def walk_samples(self) -> int:
+        """None: its factors are found before the walk."""
+        return 0
+
     def prepare(self, graph_module: fx.GraphModule, samples: Samples, progress: bool = True) -> set[str]:
         """Scales every tensor that linears alone read. Returns the names of those."""
         connections = [c for c in find_connections(graph_module, samples) if not c.clips and _is_read_by_linears(c)]

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ..affine_quantizer import AffineQuantizer
 from ..calib.collectors import HistogramCollector
 from ..constant_quantizers import BiasQuantizer, WeightQuantizer
+from ..fingerprint import fingerprint_of
 from ..graph.parameters import tensor_at
 from ..graph.record import KEY, record_of
 from ..integer_operations import IntegerOperation
@@ -24,7 +25,7 @@ class QuantizerSwitches:
 
     The integer bias of an operation is on where the quantizers of its input and of its weight are. Quantizers that are
     off in the model have no switch. Where an algorithm chose the codes of a weight, the weight with its quantizer off,
-    or another in its place, is that from before the choice.
+    or another in its place, is that from before the choice, as long as nobody else has written to it.
 
     Attributes:
         model: the copy. Its parameters are those of the model, which nothing here writes to.
@@ -54,8 +55,8 @@ class QuantizerSwitches:
         for name, quantizer in self.quantizers.items():
             if isinstance(quantizer, WeightQuantizer):
                 path, weight = self._stored(name)
-                if path in known:
-                    self._unrounded[name] = known[path].to(weight.device)
+                if path in known and known[path].chosen == fingerprint_of(weight):
+                    self._unrounded[name] = known[path].weight.to(weight.device)
         self._replaced: dict[str, Quantizer | _InPlaceOf] = {}
 
     def set(self, on: Collection[str], replaced: Mapping[str, Quantizer] | None = None) -> None:

@@ -18,6 +18,21 @@ KEY = "qdq"
 
 
 @dataclasses.dataclass(frozen=True)
+class Unrounded:
+    """A weight before an algorithm chose its codes. The graph has codes times step sizes: rounding leaves those alone.
+
+    The tensor takes as much memory again as the weight.
+
+    Attributes:
+        weight: from before.
+        chosen: the fingerprint of the weight with the chosen codes: another was put there since.
+    """
+
+    weight: Tensor
+    chosen: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """Stored in `graph_module.meta`, by `qdq.quantize` and where a module is captured to be exported or verified.
 
@@ -31,8 +46,7 @@ class Record:
         output_names: of the exported file.
         statistics: what calibration saw in the float model.
         seen: what the ranges were found from: differs where an algorithm changed tensors.
-        unrounded: by their paths, weights as they were before an algorithm chose their codes: the graph's own are on
-            the grid of their step sizes, and the same with their quantizers on and off.
+        unrounded: by their paths, the weights whose codes an algorithm chose.
     """
 
     contract: InputContract
@@ -44,7 +58,7 @@ class Record:
     outputs: tuple[str | None, ...] = ()
     statistics: Statistics | None = None
     seen: Statistics | None = None
-    unrounded: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    unrounded: Mapping[str, Unrounded] = dataclasses.field(default_factory=dict)
 
 
 def has_record(module: object) -> bool:
