@@ -143,15 +143,20 @@ def test_so_many_samples_are_asked_for() -> None:
 def test_by_default_small_layers_alone_get_other_codes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
-    batches = [correlated(8, 8, 12, 12, seed=s) for s in (0, 1)]
+    # Smooth images: what the codes of a kernel are off by in sum is what counts.
+    batches = [randn(16, 8, 1, 1, seed=s) + 0.1 * randn(16, 8, 12, 12, seed=10 + s) for s in range(5)]
+    unseen = batches.pop()
+    small = {"0": {"weights": {"num_bits": 4}}}  # so that its weight counts for more than the activations
     with_it, without = (
         qdq.quantize(model, batches, recipe=recipe, progress=False)
-        for recipe in (qdq.Recipe(), qdq.Recipe(algorithms=["smoothquant", "bias_correction"]))
+        for recipe in (
+            qdq.Recipe(overrides=small),
+            qdq.Recipe(overrides=small, algorithms=["smoothquant", "bias_correction"]),
+        )
     )
     assert torch.equal(with_it.get_parameter("2.weight"), without.get_parameter("2.weight"))
     assert torch.equal(without.get_parameter("0.weight"), model.get_parameter("0.weight"))
     assert_on_grid(with_it)
-    unseen = correlated(16, 8, 12, 12, seed=2)
     with torch.no_grad():
         wanted = model(unseen)
         errors = [float((qmodel(unseen) - wanted).square().sum()) for qmodel in (with_it, without)]
