@@ -3,7 +3,7 @@
 # FOLDER becomes a virtual environment with a CPU build of PyTorch and the peers; `import qdq` works in it.
 # deploy (default): the peers and data of deploy.py. Fashion-MNIST (Debian package dataset-fashion-mnist, MIT) goes to
 # $QDQ_DATA, by default ~/.cache/qdq-data. qat: the peers of qat.py; kernels.py runs in it as well. accuracy: both, and
-# the reviews of clipping.py.
+# the reviews of encoder_scores.py.
 set -euo pipefail
 usage() { echo "usage: $0 FOLDER [deploy|qat|accuracy]" >&2; exit 2; }
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
@@ -36,6 +36,6 @@ reviews=vaderSentiment-3.3.2.tar.gz
 if [ "$kind" = accuracy ] && [ ! -f "$data/$reviews" ]; then
     mkdir -p "$data"
     "$env/bin/python" -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d "$data" vadersentiment==3.3.2 ||
-        echo "the reviews were not fetched: clipping.py then leaves out its third task" >&2
+        echo "the reviews were not fetched: encoder_scores.py then leaves out sentiment" >&2
 fi
 "$env/bin/python" -c 'import torch; print("environment ready, torch", torch.__version__)'
