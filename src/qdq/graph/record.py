@@ -25,7 +25,7 @@ class Unrounded:
 
     Attributes:
         weight: from before.
-        chosen: the fingerprint of the weight with the chosen codes: another was put there since.
+        chosen: the fingerprint of the weight with the chosen codes. Where the model's differs, it was written to since.
     """
 
     weight: Tensor
