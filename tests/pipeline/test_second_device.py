@@ -60,7 +60,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 # Those that learn: what is the same after a few steps is so after many.
-FEW_STEPS = {name: {"steps": 15} for name in ("adaround", "block_reconstruction", "fine_tuning")}
+FEW_STEPS = {"adaround": {"steps": 5}, "block_reconstruction": {"steps": 5}, "fine_tuning": {"steps": 15}}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     **{name: {"weights": W4, "algorithms": {name: FEW_STEPS.get(name, {})}} for name in ALGORITHMS},
