@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-reviews", action="store_true", help="leave out sentiment, half of the time")
     parser.add_argument("--json", metavar="FILE", help="default results/encoder_scores.json; - writes none")
-    parser.add_argument("--draws", type=int, default=40, help="of models with noise on their weights (default 40)")
+    parser.add_argument("--draws", type=int, default=30, help="of models with noise on their weights (default 30)")
     options = parser.parse_args(arguments)
     accuracy_peers.quiet()
     torch.set_num_threads(contenders.THREADS)
