@@ -1,17 +1,19 @@
 """What the scores of the sentence encoder can tell apart: why some toolkits score above the float model.
 
-    python benchmarks/encoder_scores.py            # about half an hour
-    python benchmarks/encoder_scores.py --no-reviews --draws 5
+    python benchmarks/encoder_scores.py            # an hour
+    python benchmarks/encoder_scores.py --no-reviews --draws 5 --subsets 1
 
-Rows: the float model with the GELU of its fourth layer cut off at a value, in float throughout; torchao's model; the
-same with its activations cut off at its ranges but not rounded; ModelOpt's; NNCF's; qdq's default. Per score: the
-value, the difference to the float model, and the interval that holds 95 % of the differences when documents (or pairs
-of words) are drawn again, with replacement (Efron, 1979). Beside the two tasks of accuracy.py there are two on which
-nothing was developed: SimLex-999, pairs of words like WordSim's, and sentiment, a logistic regression on vectors of the
-float model, scored on the row's.
+Rows: the float model with the GELU of its fourth layer cut off at a value, in float throughout; torchao's model, and
+the same with its activations cut off at its ranges but not rounded; ModelOpt's, the same, and with its weights or its
+activations alone; NNCF's; qdq's default. Per score, means over calibration subsets: the value, the difference to the
+float model, and the interval that holds 95 % of the differences when documents (or pairs of words) are drawn again,
+with replacement (Efron, 1979). Beside the two tasks of accuracy.py there are two on which nothing was developed:
+SimLex-999, pairs of words like WordSim's, and sentiment, a logistic regression on vectors of the float model, scored on
+the row's.
 
-Then the float model with noise on its weights, as large an error of the outputs as the quantized models have and
-another draw each time: how far a score moves by chance alone, and what share of the draws lies above each toolkit.
+Then draws by chance, one after the other, and what share of them lies above each toolkit: the float model with noise on
+its weights, as large an error of the outputs as the quantized models have; and ModelOpt's model with the same errors of
+rounding of its weights but for their signs.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import cases
 import contenders
 import measure
 import minilm
+import modelopt_ablation
 import numpy as np
 import reviews
 import torch
@@ -45,64 +49,99 @@ TRAIN = TEST = 4000
 NOISE_DB = 23.0
 SCORES = ("Lee50", "WordSim", "SimLex")
 Model = Callable[..., Any]
+# Name of a score (or "SQNR dB") -> its value in each draw.
+Draws = dict[str, list[float]]
+# Name of a score -> what it is computed from, and what it is compared with; "SQNR dB" -> a number.
+Seen = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-reviews", action="store_true", help="leave out sentiment, half of the time")
     parser.add_argument("--json", metavar="FILE", help="default results/encoder_scores.json; - writes none")
+    parser.add_argument("--subsets", type=int, default=3, help="of the calibration data (default 3)")
     parser.add_argument("--draws", type=int, default=30, help="of models with noise on their weights (default 30)")
     options = parser.parse_args(arguments)
     accuracy_peers.quiet()
     torch.set_num_threads(contenders.THREADS)
     environment = measure.environment()
     print(environment, flush=True)
-    case = cases.build("minilm")
-    scorer = _Scorer(case, None if options.no_reviews else reviews.archive())
+    subsets = [cases.build("minilm", subset=subset) for subset in range(options.subsets)]
+    scorer = _Scorer(subsets[0], None if options.no_reviews else reviews.archive())
     if scorer.head is None and not options.no_reviews:
         print("the reviews were not fetched (setup_env.sh FOLDER accuracy): no sentiment", file=sys.stderr)
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, make in _rows(case, Path(folder)).items():
-            measure.progress(name)
-            rows[name] = scorer.score(make())
+    seen: dict[str, list[Seen]] = {}
+    for name, run in _float_runs(subsets[0]):
+        measure.progress(name)
+        seen[name] = [scorer.see(run)]
+    draws: dict[str, Draws] = {"the float model": _noise(subsets[0], scorer, options.draws)}
+    redrawn: Draws = {}
+    for subset, case in enumerate(subsets):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, run in _quantized_runs(case, Path(folder)):
+                measure.progress(f"subset {subset}: {name}")
+                seen.setdefault(name, []).append(scorer.see(run))
+        _append(redrawn, _redrawn(case, scorer, math.ceil(options.draws / options.subsets)))
+    draws["ModelOpt's model, by subsets"] = redrawn
+    rows = {name: scorer.compared(found) for name, found in seen.items()}
     print(_table(rows), flush=True)
-    noise = _noise(case, scorer, options.draws)
-    print(_noise_table(noise, rows))
+    for name, found in draws.items():
+        print("\n" + _draws_table(name, found, rows))
     if options.json != "-":
         path = Path(options.json or RESULTS)
-        report = {"environment": environment, "rows": rows, "noise": noise}
+        report = {"environment": environment, "subsets": options.subsets, "rows": rows, "draws": draws}
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _rows(case: Case, folder: Path) -> dict[str, Callable[[], Run]]:
+def _float_runs(case: Case) -> Iterator[tuple[str, Run]]:
+    yield "fp32", contenders.torch_run(case.model)
+    for top in TOPS:
+        yield f"fp32, cut off at {top:g}", contenders.torch_run(_cut_off(case.model, top))
+
+
+def _quantized_runs(case: Case, folder: Path) -> Iterator[tuple[str, Run]]:
     torchao, _ = accuracy_peers.by_torchao(case)
-    return {
-        "fp32": lambda: contenders.torch_run(case.model),
-        **{
-            f"fp32, cut off at {top:g}": lambda top=top: contenders.torch_run(_cut_off(case.model, top)) for top in TOPS
-        },
-        "torchao": lambda: contenders.torch_run(torchao),
-        "torchao, cut off, not rounded": lambda: contenders.torch_run(_not_rounded(torchao)),
-        "modelopt": lambda: contenders.torch_run(accuracy_peers.by_modelopt(case)[0]),
-        "nncf": lambda: contenders.nncf_in_float32(case, contenders.export_fp32(case, folder / "f.onnx"), folder).run,
-        "qdq": lambda: contenders.qdq_contender(case, folder / "qdq.onnx", {}).run,
-    }
+    yield "torchao", contenders.torch_run(torchao)
+    yield "torchao, cut off, not rounded", contenders.torch_run(_not_rounded(torchao))
+    modelopt, _ = accuracy_peers.by_modelopt(case)
+    yield "modelopt", contenders.torch_run(modelopt)
+    with modelopt_ablation.weights_in_float(modelopt):
+        yield "modelopt, activations alone", contenders.torch_run(modelopt)
+        with modelopt_ablation.activations(modelopt, cut_off=True):
+            yield "modelopt, cut off, not rounded", contenders.torch_run(modelopt)
+    with modelopt_ablation.activations(modelopt, cut_off=False):
+        yield "modelopt, weights alone", contenders.torch_run(modelopt)
+    nncf = contenders.nncf_in_float32(case, contenders.export_fp32(case, folder / "f.onnx"), folder)
+    yield "nncf", nncf.run
+    yield "qdq", contenders.qdq_contender(case, folder / "qdq.onnx", {}).run
 
 
-def _noise(case: Case, scorer: _Scorer, draws: int) -> dict[str, Any]:
+def _noise(case: Case, scorer: _Scorer, draws: int) -> Draws:
     """Scores of models whose weights of linears have noise of their own sizes on them, one draw after the other."""
     share = 0.01
     share *= 10 ** ((scorer.sqnr_db(contenders.torch_run(_perturbed(case.model, share, 0))) - NOISE_DB) / 20)
-    found: dict[str, Any] = {"share": share, "SQNR dB": [], **{name: [] for name in SCORES}}
+    found: Draws = {}
     for seed in range(1, draws + 1):
         measure.progress(f"noise, draw {seed} of {draws}")
-        run = contenders.torch_run(_perturbed(case.model, share, seed))
-        found["SQNR dB"].append(scorer.sqnr_db(run))
-        for name, (similar, rated) in scorer.similarities(run).items():
-            found[name].append(_STATISTICS[name](similar, rated))
+        _append(found, scorer.values(contenders.torch_run(_perturbed(case.model, share, seed))))
     return found
+
+
+def _redrawn(case: Case, scorer: _Scorer, draws: int) -> Draws:
+    """Scores of ModelOpt's model with other signs of its weights' errors of rounding, one draw after the other."""
+    modelopt, _ = accuracy_peers.by_modelopt(case)
+    found: Draws = {}
+    for seed in range(1, draws + 1):
+        measure.progress(f"ModelOpt's, other signs, draw {seed} of {draws}")
+        with modelopt_ablation.other_signs(modelopt, seed):
+            _append(found, scorer.values(contenders.torch_run(modelopt)))
+    return found
+
+
+def _append(found: Draws, more: Draws) -> None:
+    for name, values in more.items():
+        found.setdefault(name, []).extend(values)
 
 
 def _perturbed(model: nn.Module, share: float, seed: int) -> nn.Module:
@@ -160,13 +199,28 @@ class _Scorer:
             self.head = LogisticRegression(max_iter=2000, C=10).fit(vectors, ratings[order[:TRAIN]] > 0)
             self.right = self._right(run)
 
-    def score(self, run: Run) -> dict[str, dict[str, float] | float]:
-        """Value, difference and interval of each score, and SQNR in dB."""
-        found: dict[str, Any] = {"SQNR dB": self.sqnr_db(run)}
-        for name, (similar, rated) in self.similarities(run).items():
-            found[name] = _compared(_STATISTICS[name], similar, self.similar[name][0], rated)
+    def see(self, run: Run) -> Seen:
+        """SQNR in dB, and of each score what it is computed from."""
+        found: Seen = {"SQNR dB": self.sqnr_db(run)}
+        found |= {name: similar for name, (similar, _) in self.similarities(run).items()}
         if self.head is not None:
-            found["sentiment %"] = _compared(_share, self._right(run), self.right, self.positive)
+            found["sentiment %"] = self._right(run)
+        return found
+
+    def compared(self, seen: list[Seen]) -> dict[str, Any]:
+        """Means over subsets: value, difference and interval of each score, and SQNR in dB; the values by subset."""
+        found: dict[str, Any] = {"SQNR dB": float(np.mean([one["SQNR dB"] for one in seen]))}
+        for name, (in_float, rated) in self.similar.items():
+            found[name] = _compared(_STATISTICS[name], [one[name] for one in seen], in_float, rated)
+        if self.head is not None:
+            found["sentiment %"] = _compared(_share, [one["sentiment %"] for one in seen], self.right, self.positive)
+        return found
+
+    def values(self, run: Run) -> Draws:
+        """SQNR in dB and the value of each score but sentiment, lists of one."""
+        found = {"SQNR dB": [self.sqnr_db(run)]}
+        for name, (similar, rated) in self.similarities(run).items():
+            found[name] = [_STATISTICS[name](similar, rated)]
         return found
 
     def sqnr_db(self, run: Run) -> float:
@@ -198,16 +252,22 @@ _STATISTICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def _compared(
-    statistic: Callable[[np.ndarray, np.ndarray], float], values: np.ndarray, in_float: np.ndarray, rated: np.ndarray
-) -> dict[str, float]:
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    subsets: list[np.ndarray],
+    in_float: np.ndarray,
+    rated: np.ndarray,
+) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     differences = []
     for _ in range(DRAWS):
         drawn = generator.integers(0, len(rated), len(rated))
-        differences.append(_on(statistic, drawn, values, rated) - _on(statistic, drawn, in_float, rated))
+        values = [_on(statistic, drawn, values, rated) for values in subsets]
+        differences.append(np.mean(values) - _on(statistic, drawn, in_float, rated))
     low, high = np.percentile(differences, [2.5, 97.5])
-    value = statistic(values, rated)
-    return {"value": value, "difference": value - statistic(in_float, rated), "low": float(low), "high": float(high)}
+    values = [statistic(values, rated) for values in subsets]
+    mean = float(np.mean(values))
+    difference = mean - statistic(in_float, rated)
+    return {"value": mean, "difference": difference, "low": float(low), "high": float(high), "subsets": values}
 
 
 def _on(statistic: Callable[..., float], drawn: np.ndarray, values: np.ndarray, rated: np.ndarray) -> float:
@@ -240,13 +300,13 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _noise_table(noise: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
-    given = [name for name in rows if not name.startswith("fp32") and "not rounded" not in name]
-    lines = [f"{len(noise['SQNR dB'])} draws of noise, {np.mean(noise['SQNR dB']):.1f} dB:", ""]
+def _draws_table(model: str, found: Draws, rows: dict[str, dict[str, Any]]) -> str:
+    given = [name for name in rows if not name.startswith("fp32") and "," not in name]
+    lines = [f"{len(found['SQNR dB'])} draws of {model}, {np.mean(found['SQNR dB']):.1f} dB:", ""]
     lines += [f"| | difference to fp32, mean | standard deviation | {' | '.join(f'above {n}' for n in given)} |"]
     lines += ["| --- | --- | --- |" + " --- |" * len(given)]
     for name in SCORES:
-        differences = np.array(noise[name]) - rows["fp32"][name]["value"]
+        differences = np.array(found[name]) - rows["fp32"][name]["value"]
         above = [f"{100 * np.mean(differences > rows[row][name]['difference']):.0f} %" for row in given]
         lines.append(f"| {name} | {differences.mean():+.4f} | {differences.std(ddof=1):.4f} | {' | '.join(above)} |")
     return "\n".join(lines)

@@ -12,6 +12,8 @@ from .walk import LayerVisit, TensorVisit, Walk
 
 # Per batch, the values of the graph's placeholders in their order.
 Samples = Sequence[Sequence[Any]]
+# Of a walk for means of many positions, or for a few codes a layer: twice as many give no better ones.
+FEW_SAMPLES = 64
 
 
 class Algorithm:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..affine_quantizer import AffineQuantizer
 from ..graph.ops import Kind, clip_bounds, kind_of
-from .algorithm import Algorithm
+from .algorithm import FEW_SAMPLES, Algorithm
 from .walk import LayerVisit
 
 
@@ -42,7 +42,7 @@ class BiasCorrection(Algorithm):
     @property
     def walk_samples(self) -> int:
         """Means of twice as many are no better: SQNR of trained MobileNets and ResNets differs by chance alone."""
-        return 64
+        return FEW_SAMPLES
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Corrects the layer's bias."""

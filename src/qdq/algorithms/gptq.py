@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..calib.statistics import MOST_SAMPLES
 from ..errors import CalibrationError
-from .algorithm import Algorithm
+from .algorithm import FEW_SAMPLES, Algorithm
 from .layer_matrix import LayerMatrix
 from .option_checks import check_integer, check_real
 from .output_error import OutputError
@@ -71,7 +71,7 @@ class GPTQ(Algorithm):
     @property
     def walk_samples(self) -> int:
         """Layers of few products have few codes to choose, and many positions in each sample."""
-        return MOST_SAMPLES if self.most_products is None else 64
+        return MOST_SAMPLES if self.most_products is None else FEW_SAMPLES
 
     def visit_layer(self, visit: LayerVisit) -> None:
         """Sets the layer's weight to the chosen codes times the step sizes, which stay.

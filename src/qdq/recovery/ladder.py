@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..constant_quantizers import CLIPPED_BITS
@@ -117,25 +117,27 @@ def _first(order: Order, count: int) -> list[str]:
 
 def _add(recipe: Recipe, name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe with one more algorithm at its place; the recipe itself where it has it."""
-    known = recipe.algorithms
-    assert isinstance(known, Mapping)
-    if name in known:
+    if name in recipe.algorithms:
         return recipe
-    if name in _ROUNDINGS:
-        known = {other: options for other, options in known.items() if other not in _roundings(recipe, of_all=True)}
+    known = _without(recipe, _roundings(recipe, of_all=True) if name in _ROUNDINGS else ())
     later = [index for index, other in enumerate(known) if other in _ORDER[_ORDER.index(name) :]]
     position = later[0] if later else len(known)
-    items: list[tuple[str, Mapping[str, Any]]] = list(known.items())
+    items = list(known.items())
     return dataclasses.replace(recipe, algorithms=dict([*items[:position], (name, options or {}), *items[position:]]))
 
 
 def _everywhere(recipe: Recipe, name: str) -> Recipe:
     """The recipe with an algorithm applied to all layers."""
-    algorithms = {other: dict(options) for other, options in recipe.algorithms.items()}  # type: ignore[union-attr]
-    algorithms[name].pop("layers", None)
-    for other in set(_ROUNDINGS) - {name}:
-        algorithms.pop(other, None)
-    return dataclasses.replace(recipe, algorithms=algorithms)
+    known = _without(recipe, set(_ROUNDINGS) - {name})
+    options = {option: value for option, value in known[name].items() if option != "layers"}
+    return dataclasses.replace(recipe, algorithms={**known, name: options})
+
+
+def _without(recipe: Recipe, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    """The algorithms of a recipe but these, in order."""
+    known = recipe.algorithms
+    assert isinstance(known, Mapping)
+    return {name: options for name, options in known.items() if name not in names}
 
 
 def _roundings(recipe: Recipe, of_all: bool = False) -> list[str]:
