@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .analysis.fidelity import Agreement, Fidelity, compare
 from .analysis.latency import Speed, measure
+from .atomic_file import path_of
 from .batches import Batches, Inputs, signature_of
 from .calib.statistics import Statistics
 from .calibration import collect, find_ranges
@@ -181,7 +182,7 @@ def export_onnx(
         CaptureError: `torch.export` cannot capture the module.
         RuntimeMissingError: the extra `onnx` is not installed.
     """
-    path = Path(path)
+    path = path_of(path)
     check_writable(path)
     _check_model(model)
     metadata = {"producer": "qdq"}
@@ -238,7 +239,10 @@ def verify(
     Raises:
         DataError: no data, or data or a file of another model.
         ExportError: the file is missing or the runtime refuses it.
+        QdqError: `agreement` cannot be called, or gives no share from 0 to 1.
     """
+    if agreement is not None and not callable(agreement):
+        raise QdqError(f"agreement must be a callable of two tensors, not {type(agreement).__name__}")
     simulation: nn.Module | None = None
     if isinstance(qmodel, nn.Module) and not has_record(qmodel) and has_quantizers(qmodel):
         signature, runs = signature_of(qmodel.forward), runs_on(qmodel)

@@ -10,10 +10,41 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from .errors import QdqError
+
+
+def path_of(value: Any, name: str = "path") -> Path:
+    """The argument `name` as a path.
+
+    Raises:
+        QdqError: it is none.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise QdqError(f"{name} must be a path, a str or os.PathLike, not {type(value).__name__}")
+    return Path(value)
 
 
 def obstacle(path: Path) -> str | None:
     """Why no file can be put at `path`, to be told before long work as well as after it; None where one can."""
+    if "\0" in str(path):
+        return "it holds a null character"
+    try:
+        return _obstacle(path)
+    except OSError as error:  # such as a name that is too long
+        return error.strerror or str(error)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False also for what cannot be the name of one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _obstacle(path: Path) -> str | None:
     if path.is_dir():
         return "it is a folder; give the path of a file"
     if path.exists() and not path.is_file():
@@ -28,8 +59,6 @@ def obstacle(path: Path) -> str | None:
             return None
     except PermissionError:
         return "permission denied"
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class Batches:
         except TypeError as error:
             raise DataError(
                 f"batch {self._count} ({describe(item)}) does not fit forward{self._signature}: {error}; pass "
-                "inputs_of=callable to say which part of a batch the model takes"
+                "inputs_of=callable to say which part of a batch the model takes (on the command line: --keys)"
             ) from None
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:

@@ -141,6 +141,7 @@ def quantize(
 
     A file whose SQNR against the simulation is below --min-sqnr is kept for inspection, and the exit code is 1.
     """
+    doors.check_decibels("--min-sqnr", min_sqnr)
     chosen, rules = doors.target_and_recipe(target, recipe)
     doors.check_packages(chosen)
     for path in (output, fp32):
@@ -201,6 +202,7 @@ def verify(
     The simulation is made again from MODEL, --data, --target and --recipe: give what `qdq quantize` was given. In the
     place of a recipe with `tune` give the one that it wrote with --save-recipe.
     """
+    doors.check_decibels("--min-sqnr", min_sqnr)
     chosen, rules = doors.target_and_recipe(target, recipe)
     if rules.tune:
         raise UsageError(

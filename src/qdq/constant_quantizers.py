@@ -10,7 +10,6 @@ from .calib.ranges import channel_mse_amax
 from .functional import fake_quantize_affine
 from .kernels import reference
 from .kernels.engine import for_tensor
-from .kernels.reference import TINY_AMAX
 from .remembered import Remembered, can_remember
 from .saturation import pair_safe_factor, shrink_pairs
 
@@ -18,6 +17,8 @@ from .saturation import pair_safe_factor, shrink_pairs
 BIAS_CODE_LIMIT = 2**30
 # Of weights of more bits hardly anything is gained by a range that cuts off the largest.
 CLIPPED_BITS = 6
+# Of a range: squares of its step, which ranges are searched by, are still far from the smallest float32.
+_LEAST_AMAX = 2.0**-48
 
 
 class WeightQuantizer(nn.Module):
@@ -70,7 +71,8 @@ class WeightQuantizer(nn.Module):
     def fit(self, weight: Tensor, method: str) -> None:
         """Sets the step sizes from a weight: amax / bound, with the amax of "max" or of least squared error ("mse").
 
-        "auto" is "mse" up to 6 bits, and "max" for more.
+        "auto" is "mse" up to 6 bits, and "max" for more. An amax below 2**-48 counts as 2**-48: weights of less than
+        half a step of that become 0.
 
         Where pairs must not saturate, larger step sizes are tried as well: fewer pairs are then shrunk.
         """
@@ -84,7 +86,7 @@ class WeightQuantizer(nn.Module):
             amax = channel_mse_amax(channels, 0, self.num_bits)
         else:
             amax = channels.abs().flatten(1).amax(1)
-        amax = amax.reshape(-1).clamp(min=TINY_AMAX)
+        amax = amax.reshape(-1).clamp(min=_LEAST_AMAX)
         if self.pairs_axis is not None:
             rows = weight.movedim(self.pairs_axis, 0)
             amax = amax * pair_safe_factor(rows, amax, self.bound)

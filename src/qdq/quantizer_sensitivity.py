@@ -68,7 +68,8 @@ def sensitivity(
     Raises:
         QdqError: a wrong argument, another float model than the quantized one was made from, a metric that gives no
             number, or a model without float outputs and no metric.
-        DataError: no data, data that the model does not take, or statistics of another model.
+        DataError: no data, data that the model does not take, outputs none of which is finite, or statistics of
+            another model.
         CaptureError, CalibrationError, RecipeError, RuntimeMissingError: of a float model, as `qdq.quantize` raises
             them.
     """

@@ -249,6 +249,8 @@ def test_damping_that_is_too_small_for_the_inputs_is_told_with_the_layer() -> No
     told = "gptq: the inputs of layer '0.weight' leave its Hessian singular with damping=1e-30: raise it"
     with pytest.raises(CalibrationError, match=told):
         measured(quantized(model, batches), batches, GPTQ(damping=1e-30))
+    with pytest.raises(CalibrationError, match=r"with damping=1e\+308: lower it \(0.01 is the default\)"):
+        measured(quantized(model, batches), batches, GPTQ(damping=1e308))
 
 
 @pytest.mark.parametrize("net", ["S1", "S2"])

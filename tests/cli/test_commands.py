@@ -72,6 +72,8 @@ def test_verify_makes_the_simulation_again(run: Any, user: Any, deployed: Deploy
 def test_verify_finds_another_models_file(run: Any, user: Any, deployed: Deployed) -> None:
     result = run("verify", user("make_other"), deployed.int8, "--data", user("batches"))
     fails(result, 1, "NOT VERIFIED", "below --min-sqnr 30 dB")
+    result = run("verify", user("make_other"), deployed.int8, "--data", user("batches"), "--min-sqnr", "nan")
+    fails(result, 2, "--min-sqnr must be a number, not nan")
 
 
 def test_benchmark(run: Any, deployed: Deployed) -> None:

@@ -266,7 +266,8 @@ def test_a_later_rung_that_fails_is_recorded() -> None:
 
     found = recover(evaluate, budget="1h")
     assert found.metric == found.rungs[0].metric and found.recipe == PER_TENSOR
-    assert {rung.error for rung in found.rungs[1:]} == {"QdqError: evaluate returned nan"}
+    told = "QdqError: evaluate returned nan for the rung {!r}: it must be finite"
+    assert [rung.error for rung in found.rungs[1:]] == [told.format(rung.name) for rung in found.rungs[1:]]
     assert found.front == found.rungs[:1]
     assert "equalization failed: QdqError: evaluate returned nan" in str(found)
 

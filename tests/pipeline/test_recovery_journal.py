@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ import torch
 from torch import nn
 
 import qdq
+from qdq.graph.targets import ONNXRUNTIME
 
 RECIPE = qdq.Recipe(calibration="max", algorithms=[])
+ALTERED = dataclasses.replace(ONNXRUNTIME, matmul_nbits=False)
 
 
 def net(factor: float = 1.0) -> nn.Module:
@@ -91,6 +94,10 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
         ({"dynamic_shapes": "static"}, "is of other dynamic_shapes: None in the journal, now 'static'"),
         ({"example_inputs": torch.ones(2, 4)}, r"is of other example_inputs: None in the journal, now float32\[2, 4\]"),
         ({"deploy_target": "tensorrt"}, "is of another deploy_target: onnxruntime in the journal, now tensorrt"),
+        (
+            {"deploy_target": ALTERED},
+            r"now onnxruntime altered \([0-9a-f]{16}\)",
+        ),
     ],
 )
 def test_it_is_for_the_same_arguments(journal: Path, options: dict[str, Any], message: str) -> None:
@@ -98,6 +105,14 @@ def test_it_is_for_the_same_arguments(journal: Path, options: dict[str, Any], me
     with pytest.raises(qdq.DataError, match=message):
         recover(journal, **options)
     assert journal.read_bytes() == before
+
+
+def test_a_recipe_that_does_not_fit_leaves_none(tmp_path: Path, without_files: None) -> None:
+    journal = tmp_path / "j.json"
+    with pytest.raises(qdq.CalibrationError, match="lower it"):
+        recover(journal, recipe=qdq.Recipe(algorithms={"gptq": {"damping": 1e308}}))
+    assert list(tmp_path.iterdir()) == []
+    assert recover(journal, recipe=qdq.Recipe(algorithms=["gptq"])).reached
 
 
 def test_one_of_before_example_inputs_and_dynamic_shapes_is_read(journal: Path) -> None:
@@ -130,6 +145,8 @@ def in_rung(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (changed(dynamic_shapes=3), "is damaged: 'dynamic_shapes' is 3"),
         (changed(float_size="1"), "is damaged: 'float_size' is '1'"),
         (changed(orders={"float": ["a"]}), "is damaged: 'orders' holds other than lists of patterns"),
+        (changed(orders={"float": [[]]}), "is damaged: 'orders' holds other than lists of patterns"),
+        (in_rung(metric=None, error="E"), "is damaged: the first rung has no metric"),
         (changed(orders={"float": [[3]]}), "is damaged: 'orders' holds other than lists of patterns"),
         (changed(recipe={"colour": "red"}), "is damaged: .*'colour'"),
         (changed(start=[]), r"is damaged: 'start' is \[\]"),

@@ -474,7 +474,7 @@ def test_quantizers_that_are_off_are_left_out(branches: fx.GraphModule) -> None:
     assert result.quantized == pytest.approx(sqnr_db(reference, floats(rest, BATCHES)), abs=1e-6)
 
 
-def test_outputs_that_are_infinite_are_left_out() -> None:
+def test_outputs_that_are_infinite_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -487,6 +487,9 @@ def test_outputs_that_are_infinite_are_left_out() -> None:
 
     result = sensitivity(Masked(), [randn(8, 4)])
     assert len(result) and all(20 < e.alone_on < 80 for e in result)
+    assert "48 of 96 values of the float model's outputs are NaN or infinite and were left out" in caplog.text
+    with pytest.raises(qdq.DataError, match="no value of the float model's outputs on batches is finite"):
+        sensitivity(quantize(Masked(), [randn(8, 4)]), [torch.full((8, 4), math.inf)])
 
 
 def test_a_model_all_in_float_has_no_entries() -> None:

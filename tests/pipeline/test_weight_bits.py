@@ -48,12 +48,28 @@ def test_blocks_are_quantized_each_by_itself(bits: int, axis: int, channels: int
         for group in range(groups):
             part = slice(group * block_size, (group + 1) * block_size)
             values = rows[channel, part].numpy()
-            step = np.maximum(np.abs(values).max(), np.float32(2.0**-24)) / np.float32(bound)
+            step = np.maximum(np.abs(values).max(), np.float32(2.0**-48)) / np.float32(bound)
             assert quantizer.step_size[channel, group].numpy() == step
             np.testing.assert_array_equal(codes[channel, part].numpy(), np.rint(values / step).astype(np.int8))
     step = quantizer.step_for(weight)
     assert step.shape == weight.shape
     torch.testing.assert_close(quantizer(weight), quantizer.codes(weight) * step, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-6, 1e9])
+def test_the_unit_of_weights_and_inputs_is_no_matter(factor: float, tmp_path: Path) -> None:
+    def error(factor: float) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+        batches = [randn(64, 16, seed=seed) / factor for seed in range(3)]
+        with torch.no_grad():
+            model.get_parameter("0.weight").mul_(factor)
+        qmodel = quantize(model, batches)
+        qdq.export_onnx(qmodel, tmp_path / "m.onnx")
+        (wanted,), (given,) = run_model(model, batches[:1]), run_file(tmp_path / "m.onnx", batches[:1])
+        return sqnr_db(wanted, given)
+
+    assert error(factor) == pytest.approx(error(1.0), abs=1.0)
 
 
 @pytest.mark.parametrize(("axis", "shape"), [(None, ()), (0, (6, 1, 1, 1)), (1, (1, 4, 1, 1))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,12 @@ def target_and_recipe(target: str, recipe: Path | None) -> tuple[str, qdq.Recipe
         return chosen.name, rules
     except RecipeError as error:
         raise UsageError(str(error)) from error
+
+
+def check_decibels(argument: str, value: float) -> None:
+    """Raises UsageError if the value of an option is not a number, which nothing is above."""
+    if math.isnan(value):
+        raise UsageError(f"{argument} must be a number, not {value}")
 
 
 def check_writable(path: Path, *endings: str) -> None:

@@ -92,9 +92,10 @@ class GPTQ(Algorithm):
             try:
                 codes = self.codes(error.rows, hessian, step_rows(visit, error), least, most)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                change = "lower" if self.damping > 1 else "raise"
                 raise CalibrationError(
                     f"gptq: the inputs of layer {visit.layer.name!r} leave its Hessian singular with damping="
-                    f"{self.damping:g}: raise it (0.01 is the default), or calibrate with more samples"
+                    f"{self.damping:g}: {change} it (0.01 is the default), or calibrate with more samples"
                 ) from None
             keep_better(visit, error, codes)
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..affine_quantizer import AffineQuantizer
 from ..batches import Inputs
 from ..cpuinfo import saturates_u8s8
-from ..errors import DataError
+from ..errors import DataError, QdqError
 from ..graph.record import Record, record_of
 from ..graph.targets import TARGETS
 from ..stand_in import StandIn
@@ -167,7 +167,14 @@ class _Comparison(StandIn):
     def _agree(self, want: Tensor, got: Tensor) -> None:
         if self.agreement is not None:
             weight = want.shape[0] if want.dim() else 1
-            self.agreed += float(self.agreement(want, got)) * weight
+            given: Any = self.agreement(want, got)
+            try:
+                share = float(given)
+            except (TypeError, ValueError):
+                share = math.nan
+            if not 0 <= share <= 1:
+                raise QdqError(f"agreement must give a share from 0 to 1 of outputs that agree; it gave {given!r}")
+            self.agreed += share * weight
         elif want.dim() == 0 or want.shape[-1] < 2 or not want.is_floating_point():
             return
         else:

@@ -8,6 +8,7 @@ one part.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from .partial_run import PartialRun, Values
 from .quantizer_switches import QuantizerSwitches
 from .quantizer_trials import Trial, elements_of, trials_of
 from .sensitivity import QuantizerSensitivity, Sensitivity, in_order
+
+logger = logging.getLogger(__name__)
 
 
 class OutputSensitivity(StandIn):
@@ -91,7 +94,22 @@ class OutputSensitivity(StandIn):
         return inputs
 
     def result(self) -> Sensitivity:
-        """What was found on the batches so far."""
+        """What was found on the batches so far.
+
+        Raises:
+            DataError: no output that was to be compared is finite.
+        """
+        if self.calls and not self.quantized.compared:
+            raise DataError(
+                "no value of the float model's outputs on batches is finite: there is nothing to compare; look for "
+                "infinite inputs or weights"
+            )
+        if self.quantized.left_out:
+            logger.warning(
+                "%d of %d values of the float model's outputs are NaN or infinite and were left out",
+                self.quantized.left_out,
+                self.quantized.left_out + self.quantized.compared,
+            )
         whole = self.quantized.db
         own = {t.quantizers: noise.db for t, noise in zip(self.trials, self.off, strict=True) if not t.tried}
         entries = []
@@ -153,11 +171,15 @@ class _Noise:
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
+        self.compared = self.left_out = 0
 
     def add(self, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> None:
         """Adds outputs. Where those wanted are NaN or infinite there is nothing to compare."""
         for want, got in zip(wanted, given, strict=True):
             finite = torch.isfinite(want)
+            count = int(finite.sum())
+            self.compared += count
+            self.left_out += finite.numel() - count
             self.signal += float(torch.where(finite, want, 0.0).double().square().sum())
             self.noise += float(torch.where(finite, got.double() - want.double(), 0.0).square().sum())
 

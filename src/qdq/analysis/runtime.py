@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..atomic_file import is_file, path_of
 from ..errors import DataError, ExportError, need
 
 NUMPY_TYPES = {
@@ -140,6 +140,6 @@ def existing_file(path: str | os.PathLike[str]) -> str:
     Raises:
         ExportError: there is no such file.
     """
-    if not Path(path).is_file():
+    if not is_file(path_of(path)):
         raise ExportError(f"there is no file {str(path)!r}")
     return str(path)

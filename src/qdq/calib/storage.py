@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic_file import obstacle, replaced_at_once
+from ..atomic_file import is_file, obstacle, path_of, replaced_at_once
 from ..errors import DataError
 from .collectors import HistogramCollector
 from .statistics import Inputs, Statistics
@@ -54,7 +54,7 @@ def save(statistics: Any, path: str | os.PathLike[str]) -> Path:
     header = {"format": FORMAT, "version": VERSION, "histograms": histograms, "samples": samples}
     if found.model is not None:
         header["model"] = found.model
-    path = Path(path)
+    path = path_of(path)
     check_writable(path)
     try:
         with replaced_at_once(path) as temporary:
@@ -83,8 +83,8 @@ def load(path: str | os.PathLike[str]) -> Statistics:
     Raises:
         DataError: the file is missing, is damaged, is no statistics file, or is of a version that is not known here.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = path_of(path)
+    if not is_file(path):
         raise DataError(f"there is no file {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..atomic_file import obstacle
+from ..atomic_file import is_file, obstacle, path_of
 from ..errors import ExportError, need
 from ..graph.targets import ONNXRUNTIME, TARGETS, Target
 from ..quiet import pytorch_internals
@@ -47,7 +47,7 @@ def write_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise need(error.name or "onnx", "onnx", "ONNX export") from error
-    path = Path(path)
+    path = path_of(path)
     check_writable(path)
     program = _exported(graph_module, input_names, output_names, opset)
     store_int4(program.model)
@@ -80,7 +80,7 @@ def target_of_file(path: str | os.PathLike[str]) -> Target:
     Raises:
         ExportError: there is no such file, or it is not ONNX.
     """
-    if not Path(path).is_file():
+    if not is_file(path_of(path)):
         raise ExportError(f"there is no file {str(path)!r}")
     try:
         import onnx

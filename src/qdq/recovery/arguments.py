@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ..atomic_file import obstacle
+from ..atomic_file import obstacle, path_of
 from ..errors import DataError, QdqError, RecipeError
 from ..recipe import Recipe
 from .journal import statistics_path
@@ -53,9 +52,7 @@ def check_path(journal: Any) -> Path:
     Raises:
         QdqError, DataError: no file can be there.
     """
-    if not isinstance(journal, (str, os.PathLike)):
-        raise QdqError(f"journal must be a path, not {type(journal).__name__}")
-    path = Path(journal)
+    path = path_of(journal, "journal")
     reason = obstacle(path)
     if reason is not None:
         raise DataError(f"the journal {str(path)!r} cannot be written: {reason}")

@@ -22,7 +22,7 @@ from ..algorithms.layer import layers_of
 from ..batches import Batches, signature_of
 from ..calib.statistics import Statistics, count_samples
 from ..deployable import check_for_target
-from ..errors import DataError, QdqError, RecipeError
+from ..errors import CalibrationError, DataError, QdqError, RecipeError
 from ..fingerprint import fingerprint
 from ..graph.example import eval_copy, runs_on
 from ..graph.parameters import device_of
@@ -41,6 +41,7 @@ from .journal import (
     read_journal,
     remove_journal,
     restore_statistics,
+    target_text,
     write_journal,
 )
 from .ladder import FULL_BITS, climb, same_recipe
@@ -133,7 +134,7 @@ def recover(
     asked: dict[str, Any] = {
         "model": fingerprint(model),
         "recipe": recipe,
-        "deploy_target": where.name,
+        "deploy_target": target_text(where),
         "target": share,
         "example_inputs": None if given is None else example_text(given),
         "dynamic_shapes": None if dynamic_shapes is None else repr(dynamic_shapes),
@@ -163,7 +164,7 @@ def recover(
         work = _Work(quantize, evaluate, files, statistics, known, path, progress)
         try:
             return work.run(start + seconds)
-        except RecipeError:
+        except (RecipeError, CalibrationError):
             if path is not None and not known.rungs:
                 remove_journal(path)  # of a recipe that does not fit: it would stand in the way of the corrected one
             raise
@@ -259,7 +260,7 @@ class _Work:
             evaluating = True
             metric = _metric_of(self.evaluate, _Called(made), f"the rung {name!r}")
             if not math.isfinite(metric):
-                raise QdqError(f"evaluate returned {metric}")
+                raise QdqError(f"evaluate returned {metric} for the rung {name!r}: it must be finite")
             evaluating = False
             evaluated = time.monotonic()
             size, ratio = self.files.measure(made)

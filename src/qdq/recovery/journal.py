@@ -17,6 +17,7 @@ from ..batches import Inputs
 from ..calib.statistics import Statistics
 from ..calib.storage import load, save
 from ..errors import DataError, RecipeError
+from ..graph.targets import TARGETS, Target
 from ..recipe import Recipe
 from .ladder import same_recipe
 from .result import Rung
@@ -34,7 +35,7 @@ class Journal:
         model: fingerprint of the float model.
         recipe: as given.
         start: the first rung's: the same, with what `tune` left in float.
-        deploy_target: name of the target.
+        deploy_target: the target's name, and of one that is not known by its name, what it is (`target_text`).
         target: the share of the float model's metric that is asked for.
         baseline: the metric of the float model.
         example_inputs: dtypes, shapes and fixed values of those given, as text; None for none.
@@ -103,6 +104,13 @@ def example_text(inputs: Inputs) -> str:
 
     args, kwargs = pytree.tree_map(text, inputs)
     return ", ".join([*map(str, args), *(f"{key}={value}" for key, value in kwargs.items())])
+
+
+def target_text(target: Target) -> str:
+    """What tells targets apart: the name, and of one that is not that of this name, a digest of its fields."""
+    if TARGETS.get(target.name) == target:
+        return target.name
+    return f"{target.name} altered ({hashlib.sha256(repr(target).encode()).hexdigest()[:16]})"
 
 
 def begin_journal(path: Path, journal: Journal, statistics: Statistics) -> None:
@@ -194,8 +202,11 @@ def _journal(data: dict[str, Any]) -> Journal:
     orders = _kept(data, "orders", dict)
     for order in orders.values():
         lists = isinstance(order, list) and all(isinstance(patterns, list) for patterns in order)
-        if not lists or not all(isinstance(p, str) for patterns in order for p in patterns):
+        if not lists or not all(patterns and all(isinstance(p, str) for p in patterns) for patterns in order):
             raise _Damaged("'orders' holds other than lists of patterns")
+    rungs = [_rung(rung) for rung in _kept(data, "rungs", list)]
+    if rungs and rungs[0].metric is None:
+        raise _Damaged("the first rung has no metric")  # its failure is raised, never recorded
     return Journal(
         **texts,
         recipe=Recipe.from_dict(_kept(data, "recipe", dict)),
@@ -204,7 +215,7 @@ def _journal(data: dict[str, Any]) -> Journal:
         baseline=_number(data, "baseline"),
         float_size=_kept(data, "float_size", int, optional=True),
         orders=orders,
-        rungs=[_rung(rung) for rung in _kept(data, "rungs", list)],
+        rungs=rungs,
     )
 
 
