@@ -4,16 +4,18 @@
     python benchmarks/encoder_scores.py --no-reviews --draws 5 --subsets 1
 
 Rows: the float model with the GELU of its fourth layer cut off at a value, in float throughout; torchao's model, and
-the same with its activations cut off at its ranges but not rounded; ModelOpt's, the same, and with its weights or its
-activations alone; NNCF's; qdq's default. Per score, means over calibration subsets: the value, the difference to the
+the same with its activations cut off at its ranges but not rounded; ModelOpt's, and parts of what it changes: its
+activations quantized alone, its activations cut off alone (weights in float), its weights quantized alone; NNCF's;
+qdq's default. Per score, means over calibration subsets: the value, the difference to the
 float model, and the interval that holds 95 % of the differences when documents (or pairs of words) are drawn again,
 with replacement (Efron, 1979). Beside the two tasks of accuracy.py there are two on which nothing was developed:
 SimLex-999, pairs of words like WordSim's, and sentiment, a logistic regression on vectors of the float model, scored on
 the row's.
 
 Then draws by chance, one after the other, and what share of them lies above each toolkit: the float model with noise on
-its weights, as large an error of the outputs as the quantized models have; and ModelOpt's model with the same errors of
-rounding of its weights but for their signs.
+its weights, as large an error of the outputs as the quantized models have; and ModelOpt's models with the same errors
+of rounding of its weights but for their signs, each compared with the toolkits' scores on the subset that it is of.
+`--redraw` makes the latter anew, and keeps all else that the JSON file has.
 """
 
 from __future__ import annotations
@@ -61,37 +63,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="default results/encoder_scores.json; - writes none")
     parser.add_argument("--subsets", type=int, default=3, help="of the calibration data (default 3)")
     parser.add_argument("--draws", type=int, default=30, help="of models with noise on their weights (default 30)")
+    parser.add_argument("--redraw", action="store_true", help="draws of ModelOpt's models alone")
     options = parser.parse_args(arguments)
     accuracy_peers.quiet()
     torch.set_num_threads(contenders.THREADS)
     environment = measure.environment()
     print(environment, flush=True)
+    path = Path(options.json or RESULTS)
     subsets = [cases.build("minilm", subset=subset) for subset in range(options.subsets)]
-    scorer = _Scorer(subsets[0], None if options.no_reviews else reviews.archive())
-    if scorer.head is None and not options.no_reviews:
-        print("the reviews were not fetched (setup_env.sh FOLDER accuracy): no sentiment", file=sys.stderr)
+    scorer = _Scorer(subsets[0], None if options.no_reviews or options.redraw else reviews.archive())
+    if options.redraw:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        if scorer.head is None and not options.no_reviews:
+            print("the reviews were not fetched (setup_env.sh FOLDER accuracy): no sentiment", file=sys.stderr)
+        noise = [_noise(subsets[0], scorer, options.draws)]
+        report = {"environment": environment, "rows": _rows(subsets, scorer), "draws": {"the float model": noise}}
+    count = math.ceil(options.draws / len(subsets))
+    report["draws"]["ModelOpt's models"] = [_redrawn(case, scorer, count, i) for i, case in enumerate(subsets)]
+    print(_table(report["rows"]), flush=True)
+    for name, draws in report["draws"].items():
+        print("\n" + _draws_table(name, draws, report["rows"]))
+    if options.json != "-":
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _rows(subsets: list[Case], scorer: _Scorer) -> dict[str, dict[str, Any]]:
     seen: dict[str, list[Seen]] = {}
     for name, run in _float_runs(subsets[0]):
         measure.progress(name)
         seen[name] = [scorer.see(run)]
-    draws: dict[str, Draws] = {"the float model": _noise(subsets[0], scorer, options.draws)}
-    redrawn: Draws = {}
     for subset, case in enumerate(subsets):
         with tempfile.TemporaryDirectory() as folder:
             for name, run in _quantized_runs(case, Path(folder)):
                 measure.progress(f"subset {subset}: {name}")
                 seen.setdefault(name, []).append(scorer.see(run))
-        _append(redrawn, _redrawn(case, scorer, math.ceil(options.draws / options.subsets)))
-    draws["ModelOpt's model, by subsets"] = redrawn
-    rows = {name: scorer.compared(found) for name, found in seen.items()}
-    print(_table(rows), flush=True)
-    for name, found in draws.items():
-        print("\n" + _draws_table(name, found, rows))
-    if options.json != "-":
-        path = Path(options.json or RESULTS)
-        report = {"environment": environment, "subsets": options.subsets, "rows": rows, "draws": draws}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return {name: scorer.compared(found) for name, found in seen.items()}
 
 
 def _float_runs(case: Case) -> Iterator[tuple[str, Run]]:
@@ -107,11 +115,11 @@ def _quantized_runs(case: Case, folder: Path) -> Iterator[tuple[str, Run]]:
     modelopt, _ = accuracy_peers.by_modelopt(case)
     yield "modelopt", contenders.torch_run(modelopt)
     with modelopt_ablation.weights_in_float(modelopt):
-        yield "modelopt, activations alone", contenders.torch_run(modelopt)
+        yield "modelopt, activations quantized alone", contenders.torch_run(modelopt)
         with modelopt_ablation.activations(modelopt, cut_off=True):
-            yield "modelopt, cut off, not rounded", contenders.torch_run(modelopt)
+            yield "modelopt, activations cut off alone", contenders.torch_run(modelopt)
     with modelopt_ablation.activations(modelopt, cut_off=False):
-        yield "modelopt, weights alone", contenders.torch_run(modelopt)
+        yield "modelopt, weights quantized alone", contenders.torch_run(modelopt)
     nncf = contenders.nncf_in_float32(case, contenders.export_fp32(case, folder / "f.onnx"), folder)
     yield "nncf", nncf.run
     yield "qdq", contenders.qdq_contender(case, folder / "qdq.onnx", {}).run
@@ -128,13 +136,13 @@ def _noise(case: Case, scorer: _Scorer, draws: int) -> Draws:
     return found
 
 
-def _redrawn(case: Case, scorer: _Scorer, draws: int) -> Draws:
+def _redrawn(case: Case, scorer: _Scorer, draws: int, subset: int) -> Draws:
     """Scores of ModelOpt's model with other signs of its weights' errors of rounding, one draw after the other."""
     modelopt, _ = accuracy_peers.by_modelopt(case)
     found: Draws = {}
-    for seed in range(1, draws + 1):
-        measure.progress(f"ModelOpt's, other signs, draw {seed} of {draws}")
-        with modelopt_ablation.other_signs(modelopt, seed):
+    for draw in range(draws):
+        measure.progress(f"subset {subset}: ModelOpt's, other signs, draw {draw + 1} of {draws}")
+        with modelopt_ablation.other_signs(modelopt, seed=subset * draws + draw):
             _append(found, scorer.values(contenders.torch_run(modelopt)))
     return found
 
@@ -300,15 +308,19 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _draws_table(model: str, found: Draws, rows: dict[str, dict[str, Any]]) -> str:
+def _draws_table(model: str, draws: list[Draws], rows: dict[str, dict[str, Any]]) -> str:
+    """`draws`: one set that is compared with every subset's scores of a toolkit, or one for each subset."""
     given = [name for name in rows if not name.startswith("fp32") and "," not in name]
-    lines = [f"{len(found['SQNR dB'])} draws of {model}, {np.mean(found['SQNR dB']):.1f} dB:", ""]
+    count, decibels = sum(len(part["SQNR dB"]) for part in draws), np.mean([part["SQNR dB"] for part in draws])
+    lines = [f"{count} draws of {model}, {decibels:.1f} dB:", ""]
     lines += [f"| | difference to fp32, mean | standard deviation | {' | '.join(f'above {n}' for n in given)} |"]
     lines += ["| --- | --- | --- |" + " --- |" * len(given)]
     for name in SCORES:
-        differences = np.array(found[name]) - rows["fp32"][name]["value"]
-        above = [f"{100 * np.mean(differences > rows[row][name]['difference']):.0f} %" for row in given]
-        lines.append(f"| {name} | {differences.mean():+.4f} | {differences.std(ddof=1):.4f} | {' | '.join(above)} |")
+        values = np.array([part[name] for part in draws])
+        deviation = np.sqrt(np.mean(values.var(1, ddof=1)))  # within subsets
+        above = [np.mean(values > np.array(rows[row][name]["subsets"])[:, None]) for row in given]
+        shares = " | ".join(f"{100 * share:.0f} %" for share in above)
+        lines.append(f"| {name} | {values.mean() - rows['fp32'][name]['value']:+.4f} | {deviation:.4f} | {shares} |")
     return "\n".join(lines)
 
 

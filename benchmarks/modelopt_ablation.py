@@ -13,7 +13,7 @@ from torch import nn
 @contextlib.contextmanager
 def weights_in_float(model: nn.Module) -> Iterator[None]:
     """The quantizers of weights are off; weights keep the factors of SmoothQuant, which inputs are divided by."""
-    quantizers = [module.weight_quantizer for module in _layers(model)]
+    quantizers = [module.weight_quantizer for module in _layers(model) if module.weight_quantizer.is_enabled]
     for quantizer in quantizers:
         quantizer.disable()
     try:

@@ -153,7 +153,7 @@ class AffineQuantizer(nn.Module):
         if not (math.isfinite(amin) and math.isfinite(amax)) or amin > amax:
             raise CalibrationError(f"quantizer {self.name!r}: range [{amin}, {amax}] is not a finite interval")
         if self.symmetric:
-            bound = max(abs(amin), abs(amax), 2.0**-24)
+            bound = max(abs(amin), abs(amax), 2.0**-48)  # as of weights (`WeightQuantizer.fit`)
             step, zero = torch.tensor(bound / self.hi, dtype=torch.float32), torch.tensor(0)
         else:
             step, zero = affine_parameters(

@@ -176,6 +176,7 @@ def export_onnx(
         dynamic_shapes: of a module, as for `quantize`.
 
     Raises:
+        QdqError: `path` is no path.
         ExportError: the path cannot be written, PyTorch's exporter does not know an operation, or the target has no
             codes for a quantizer.
         CalibrationError: a quantizer has no range, or still collects data; all such are named.
@@ -239,10 +240,11 @@ def verify(
     Raises:
         DataError: no data, or data or a file of another model.
         ExportError: the file is missing or the runtime refuses it.
-        QdqError: `agreement` cannot be called, or gives no share from 0 to 1.
+        QdqError: `path` is no path; `agreement` cannot be called, or gives no share from 0 to 1.
     """
     if agreement is not None and not callable(agreement):
         raise QdqError(f"agreement must be a callable of two tensors, not {type(agreement).__name__}")
+    path = path_of(path)
     simulation: nn.Module | None = None
     if isinstance(qmodel, nn.Module) and not has_record(qmodel) and has_quantizers(qmodel):
         signature, runs = signature_of(qmodel.forward), runs_on(qmodel)
@@ -300,9 +302,11 @@ def benchmark(
         progress: whether a progress bar is shown (on a terminal).
 
     Raises:
+        QdqError: `path` or `against` is no path.
         ExportError: a file is missing or the runtime refuses it.
         DataError: inputs do not fit, or are needed because the file's shapes or dtypes do not tell them.
     """
+    path, against = path_of(path), None if against is None else path_of(against, "against")
     arrays = None if inputs is None else _arrays(inputs)
     return measure(path, against, arrays, batch_size, threads, rounds, progress)
 

@@ -70,7 +70,7 @@ def replaced_at_once(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".qdq-{secrets.token_hex(8)}")  # not longer for a long name, which could be too long
     # As open() makes files, with the permissions that the process and the folder give: asking for the process's umask
     # means to change it for a moment, for all threads.
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)

@@ -17,7 +17,7 @@ from .saturation import pair_safe_factor, shrink_pairs
 BIAS_CODE_LIMIT = 2**30
 # Of weights of more bits hardly anything is gained by a range that cuts off the largest.
 CLIPPED_BITS = 6
-# Of a range: squares of its step, which ranges are searched by, are still far from the smallest float32.
+# Of a range: squares of its step, which pairs that must not saturate are looked for by, are still normal float32.
 _LEAST_AMAX = 2.0**-48
 
 
@@ -83,7 +83,10 @@ class WeightQuantizer(nn.Module):
             short = -channels.shape[1] % self.block_size
             channels = F.pad(channels, (0, short)).reshape(-1, self.block_size)
         if method == "mse" or (method == "auto" and self.num_bits <= CLIPPED_BITS):
-            amax = channel_mse_amax(channels, 0, self.num_bits)
+            # In units of each channel, by powers of two, which are exact: the search takes tiny weights for zeros.
+            exponents = channels.abs().flatten(1).amax(1).frexp().exponent.clamp(-100, 100)
+            own = channels * torch.exp2(-exponents.float()).reshape(-1, *[1] * (channels.dim() - 1))
+            amax = channel_mse_amax(own, 0, self.num_bits) * torch.exp2(exponents.float())
         else:
             amax = channels.abs().flatten(1).amax(1)
         amax = amax.reshape(-1).clamp(min=_LEAST_AMAX)

@@ -96,7 +96,7 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
         ({"deploy_target": "tensorrt"}, "is of another deploy_target: onnxruntime in the journal, now tensorrt"),
         (
             {"deploy_target": ALTERED},
-            r"now onnxruntime altered \([0-9a-f]{16}\)",
+            r"now onnxruntime, custom \([0-9a-f]{16}\)",
         ),
     ],
 )
@@ -112,7 +112,21 @@ def test_a_recipe_that_does_not_fit_leaves_none(tmp_path: Path, without_files: N
     with pytest.raises(qdq.CalibrationError, match="lower it"):
         recover(journal, recipe=qdq.Recipe(algorithms={"gptq": {"damping": 1e308}}))
     assert list(tmp_path.iterdir()) == []
-    assert recover(journal, recipe=qdq.Recipe(algorithms=["gptq"])).reached
+    # An error of the user's own is none of the recipe.
+    calls = 0
+
+    def evaluate(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise qdq.CalibrationError("of the user's own")
+        return 1.0
+
+    data = [torch.linspace(-1, 1, 32).reshape(8, 4)]
+    recipe = qdq.Recipe(algorithms=["gptq"])
+    with pytest.raises(qdq.CalibrationError, match="of the user's own"):
+        qdq.recover(net(), data, evaluate, journal=journal, progress=False, recipe=recipe)
+    assert qdq.recover(net(), None, evaluate, journal=journal, progress=False, recipe=recipe).reached
 
 
 def test_one_of_before_example_inputs_and_dynamic_shapes_is_read(journal: Path) -> None:

@@ -121,9 +121,9 @@ def test_the_users_agreement_takes_the_place_of_argmax(deployed: Deployed, shift
     assert fidelity.agreement == pytest.approx((2 + 2 + 4 * 0.25) / 8)  # weighted by samples
 
 
-@pytest.mark.parametrize("share", [2.5, -0.1, math.nan, "half", None])
+@pytest.mark.parametrize("share", [2.5, -0.1, math.nan, "half", None, torch.ones(2)])
 def test_agreement_is_a_share(deployed: Deployed, share: Any) -> None:
-    with pytest.raises(qdq.QdqError, match="agreement must give a share from 0 to 1 .*; it gave"):
+    with pytest.raises(qdq.QdqError, match="agreement must give one number from 0 to 1, the share .*; it gave"):
         qdq.verify(deployed.qmodel, deployed.path, [IMAGE], agreement=lambda want, got: share, progress=False)
     with pytest.raises(qdq.QdqError, match="agreement must be a callable of two tensors, not str"):
         qdq.verify(deployed.qmodel, deployed.path, [IMAGE], agreement="argmax", progress=False)  # type: ignore[arg-type]

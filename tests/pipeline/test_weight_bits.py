@@ -56,15 +56,18 @@ def test_blocks_are_quantized_each_by_itself(bits: int, axis: int, channels: int
     torch.testing.assert_close(quantizer(weight), quantizer.codes(weight) * step, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("factor", [1e-9, 1e-6, 1e9])
-def test_the_unit_of_weights_and_inputs_is_no_matter(factor: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_the_unit_of_weights_and_inputs_is_no_matter(target: str, factor: float, bits: int, tmp_path: Path) -> None:
     def error(factor: float) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
         batches = [randn(64, 16, seed=seed) / factor for seed in range(3)]
         with torch.no_grad():
             model.get_parameter("0.weight").mul_(factor)
-        qmodel = quantize(model, batches)
+        recipe = Recipe(weights=QuantDescriptor(bits, axis=0, narrow_range=True))
+        qmodel = quantize(model, batches, recipe=recipe, target=target)
         qdq.export_onnx(qmodel, tmp_path / "m.onnx")
         (wanted,), (given,) = run_model(model, batches[:1]), run_file(tmp_path / "m.onnx", batches[:1])
         return sqnr_db(wanted, given)

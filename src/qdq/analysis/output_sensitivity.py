@@ -64,6 +64,8 @@ class OutputSensitivity(StandIn):
         self.trials = trials_of(self.switches, record_of(graph_module), kinds, bits)
         self.graph = PartialRun(self.switches.model)
         self.calls = self.samples = 0
+        # Of the outputs that the quantized model's are compared with: how many, and how many are not finite.
+        self.values = self.left_out = 0
         self.elements: list[int] = []
         self.quantized = _Noise()
         self.on = [_Noise() for _ in self.trials]
@@ -99,16 +101,16 @@ class OutputSensitivity(StandIn):
         Raises:
             DataError: no output that was to be compared is finite.
         """
-        if self.calls and not self.quantized.compared:
-            raise DataError(
-                "no value of the float model's outputs on batches is finite: there is nothing to compare; look for "
-                "infinite inputs or weights"
-            )
-        if self.quantized.left_out:
+        if self.left_out:
+            if self.left_out == self.values:
+                raise DataError(
+                    "no value of the float model's outputs on batches is finite: there is nothing to compare; look for "
+                    "infinite inputs or weights"
+                )
             logger.warning(
                 "%d of %d values of the float model's outputs are NaN or infinite and were left out",
-                self.quantized.left_out,
-                self.quantized.left_out + self.quantized.compared,
+                self.left_out,
+                self.values,
             )
         whole = self.quantized.db
         own = {t.quantizers: noise.db for t, noise in zip(self.trials, self.off, strict=True) if not t.tried}
@@ -124,6 +126,8 @@ class OutputSensitivity(StandIn):
         values = self._run(flat, inputs)
         own = self._floats(self.graph.outputs(values))
         wanted = own if self.float_model[0] is None else self._float_outputs(inputs, own)
+        self.values += sum(x.numel() for x in wanted)
+        self.left_out += sum(int((~x.isfinite()).sum()) for x in wanted)
         self.elements = self.elements or elements_of(self.trials, self.switches, values, count)
         for noise, trial in self._tracked(self.on, "alone on"):
             noise.add(own, self._after(values, (), trial.quantizers.difference(trial.replaced), trial))
@@ -171,15 +175,11 @@ class _Noise:
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
-        self.compared = self.left_out = 0
 
     def add(self, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> None:
         """Adds outputs. Where those wanted are NaN or infinite there is nothing to compare."""
         for want, got in zip(wanted, given, strict=True):
             finite = torch.isfinite(want)
-            count = int(finite.sum())
-            self.compared += count
-            self.left_out += finite.numel() - count
             self.signal += float(torch.where(finite, want, 0.0).double().square().sum())
             self.noise += float(torch.where(finite, got.double() - want.double(), 0.0).square().sum())
 

@@ -138,6 +138,7 @@ def existing_file(path: str | os.PathLike[str]) -> str:
     """The path as a string.
 
     Raises:
+        QdqError: `path` is no path.
         ExportError: there is no such file.
     """
     if not is_file(path_of(path)):

@@ -40,6 +40,7 @@ def save(statistics: Any, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
+        QdqError: `path` is no path.
         DataError: not statistics, no statistics in the model, inputs that are no tensors, tuples, lists, dicts, numbers
             or strings, or a path that cannot be written.
     """
@@ -81,6 +82,7 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         earlier versions), the log has a warning, and `model` is None: nothing then checks that yours is it.
 
     Raises:
+        QdqError: `path` is no path.
         DataError: the file is missing, is damaged, is no statistics file, or is of a version that is not known here.
     """
     path = path_of(path)

@@ -39,6 +39,7 @@ def write_onnx(
     failure or an interrupt leaves no broken file. Tensors of more than 2 GiB together go to `<name>.data` beside it.
 
     Raises:
+        QdqError: `path` is no path.
         ExportError: the path cannot be written, or PyTorch's exporter does not know an operation.
         RuntimeMissingError: onnx or onnxscript is not installed.
     """
@@ -56,7 +57,7 @@ def write_onnx(
     size = sum(t.numel() * t.element_size() for t in [*graph_module.parameters(), *graph_module.buffers()])
     external = size > EXTERNAL_DATA_ABOVE
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=".qdq-", dir=path.parent))
     except OSError as error:
         raise ExportError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     try:
@@ -78,6 +79,7 @@ def target_of_file(path: str | os.PathLike[str]) -> Target:
     """The target that a file was written for; the default where it does not say.
 
     Raises:
+        QdqError: `path` is no path.
         ExportError: there is no such file, or it is not ONNX.
     """
     if not is_file(path_of(path)):

@@ -165,7 +165,7 @@ def recover(
         try:
             return work.run(start + seconds)
         except (RecipeError, CalibrationError):
-            if path is not None and not known.rungs:
+            if path is not None and not (known.rungs or work.fits):
                 remove_journal(path)  # of a recipe that does not fit: it would stand in the way of the corrected one
             raise
 
@@ -189,6 +189,8 @@ class _Work:
         self.goal = journal.target * journal.baseline
         self.done: list[Rung] = []
         self.best: Rung | None = None
+        # Whether a recipe could be applied: then errors are no longer the first one's.
+        self.fits = False
         # The best rung's; None where the rung is from the journal, and nobody asked for the model yet.
         self._best_model: fx.GraphModule | None = None
 
@@ -256,6 +258,7 @@ class _Work:
         rung, made, evaluating = Rung(name, recipe), None, False
         try:
             made = self._quantize(recipe)
+            self.fits = True
             quantized = time.monotonic()
             evaluating = True
             metric = _metric_of(self.evaluate, _Called(made), f"the rung {name!r}")

@@ -35,7 +35,7 @@ class Journal:
         model: fingerprint of the float model.
         recipe: as given.
         start: the first rung's: the same, with what `tune` left in float.
-        deploy_target: the target's name, and of one that is not known by its name, what it is (`target_text`).
+        deploy_target: what tells the target from others (`target_text`).
         target: the share of the float model's metric that is asked for.
         baseline: the metric of the float model.
         example_inputs: dtypes, shapes and fixed values of those given, as text; None for none.
@@ -107,10 +107,12 @@ def example_text(inputs: Inputs) -> str:
 
 
 def target_text(target: Target) -> str:
-    """What tells targets apart: the name, and of one that is not that of this name, a digest of its fields."""
+    """What tells targets apart: the name of one of `TARGETS`; else name and digest of all but what is for people."""
     if TARGETS.get(target.name) == target:
         return target.name
-    return f"{target.name} altered ({hashlib.sha256(repr(target).encode()).hexdigest()[:16]})"
+    rules = tuple(dataclasses.replace(rule, note="") for rule in target.rules)
+    fields = repr(dataclasses.replace(target, rules=rules, reference=""))
+    return f"{target.name}, custom ({hashlib.sha256(fields.encode()).hexdigest()[:16]})"
 
 
 def begin_journal(path: Path, journal: Journal, statistics: Statistics) -> None:
