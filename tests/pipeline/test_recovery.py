@@ -391,7 +391,7 @@ def test_what_tuning_left_in_float_is_in_the_recipe() -> None:
         ({"recipe": qdq.Recipe(algorithms=["magic"])}, qdq.RecipeError, "unknown algorithm 'magic'"),
         ({"recipe": qdq.Recipe(weights=qdq.QuantDescriptor(9))}, qdq.RecipeError, "2 to 8"),
         ({"deploy_target": "abacus"}, qdq.RecipeError, "unknown target 'abacus'"),
-        ({"journal": 3}, qdq.QdqError, "journal must be a path, not int"),
+        ({"journal": 3}, qdq.QdqError, "journal must be a path, a str or os.PathLike, not int"),
         ({"journal": "."}, qdq.DataError, "it is a folder; give the path of a file"),
         ({"journal": "no/such/j.json"}, qdq.DataError, "j.json' cannot be written: the folder 'no/such' does not"),
         ({"target": 10**400}, qdq.QdqError, "above 0 and at most 1, not 1000"),

@@ -53,10 +53,10 @@ def check_path(journal: Any) -> Path:
         QdqError, DataError: no file can be there.
     """
     path = path_of(journal, "journal")
-    beside = statistics_path(path)
-    reason = obstacle(path) or obstacle(beside)
+    reason = obstacle(path) or obstacle(statistics_path(path))
     if reason is not None:
         raise DataError(f"the journal {str(path)!r} cannot be written: {reason}")
+    beside = statistics_path(path)
     if beside.exists() and not path.exists():
         raise DataError(
             f"{str(beside)!r} is there without its journal {str(path)!r}, which would write over it: remove or move "
