@@ -6,11 +6,10 @@
 Rows: the float model with the GELU of its fourth layer cut off at a value, in float throughout; torchao's model, and
 the same with its activations cut off at its ranges but not rounded; ModelOpt's, and parts of what it changes: its
 activations quantized alone, its activations cut off alone (weights in float), its weights quantized alone; NNCF's;
-qdq's default. Per score, means over calibration subsets: the value, the difference to the
-float model, and the interval that holds 95 % of the differences when documents (or pairs of words) are drawn again,
-with replacement (Efron, 1979). Beside the two tasks of accuracy.py there are two on which nothing was developed:
-SimLex-999, pairs of words like WordSim's, and sentiment, a logistic regression on vectors of the float model, scored on
-the row's.
+qdq's default. Per score, means over calibration subsets: the value, the difference to the float model, and the interval
+that holds 95 % of the differences when documents (or pairs of words) are drawn again, with replacement (Efron, 1979).
+Beside the two tasks of accuracy.py there are two on which nothing was developed: SimLex-999, pairs of words like
+WordSim's, and sentiment, a logistic regression on vectors of the float model, scored on the row's.
 
 Then draws by chance, one after the other, and what share of them lies above each toolkit: the float model with noise on
 its weights, as large an error of the outputs as the quantized models have; and ModelOpt's models with the same errors
@@ -69,17 +68,20 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(contenders.THREADS)
     environment = measure.environment()
     print(environment, flush=True)
-    path = Path(options.json or RESULTS)
+    path = RESULTS if options.json in (None, "-") else Path(options.json)
     subsets = [cases.build("minilm", subset=subset) for subset in range(options.subsets)]
     scorer = _Scorer(subsets[0], None if options.no_reviews or options.redraw else reviews.archive())
     if options.redraw:
         report = json.loads(path.read_text(encoding="utf-8"))
+        known = len(report["rows"]["qdq"]["Lee50"]["subsets"])
+        if known != len(subsets):
+            parser.error(f"{path} has {known} subsets: give --subsets {known}")
     else:
         if scorer.head is None and not options.no_reviews:
             print("the reviews were not fetched (setup_env.sh FOLDER accuracy): no sentiment", file=sys.stderr)
         noise = [_noise(subsets[0], scorer, options.draws)]
         report = {"environment": environment, "rows": _rows(subsets, scorer), "draws": {"the float model": noise}}
-    count = math.ceil(options.draws / len(subsets))
+    count = max(2, math.ceil(options.draws / len(subsets)))
     report["draws"]["ModelOpt's models"] = [_redrawn(case, scorer, count, i) for i, case in enumerate(subsets)]
     print(_table(report["rows"]), flush=True)
     for name, draws in report["draws"].items():

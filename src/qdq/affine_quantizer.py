@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .calib.collectors import HistogramCollector
 from .calib.ranges import affine_range
+from .constant_quantizers import LEAST_AMAX
 from .errors import CalibrationError
 from .functional import fake_quantize_affine
 from .kernels.reference import affine_parameters
@@ -153,7 +154,7 @@ class AffineQuantizer(nn.Module):
         if not (math.isfinite(amin) and math.isfinite(amax)) or amin > amax:
             raise CalibrationError(f"quantizer {self.name!r}: range [{amin}, {amax}] is not a finite interval")
         if self.symmetric:
-            bound = max(abs(amin), abs(amax), 2.0**-48)  # as of weights (`WeightQuantizer.fit`)
+            bound = max(abs(amin), abs(amax), LEAST_AMAX)
             step, zero = torch.tensor(bound / self.hi, dtype=torch.float32), torch.tensor(0)
         else:
             step, zero = affine_parameters(

@@ -17,8 +17,9 @@ from .saturation import pair_safe_factor, shrink_pairs
 BIAS_CODE_LIMIT = 2**30
 # Of weights of more bits hardly anything is gained by a range that cuts off the largest.
 CLIPPED_BITS = 6
-# Of a range: squares of its step, which pairs that must not saturate are looked for by, are still normal float32.
-_LEAST_AMAX = 2.0**-48
+# Of a symmetric range: squares of its step, which pairs that must not saturate are looked for by, are still normal
+# float32.
+LEAST_AMAX = 2.0**-48
 
 
 class WeightQuantizer(nn.Module):
@@ -89,7 +90,7 @@ class WeightQuantizer(nn.Module):
             amax = channel_mse_amax(own, 0, self.num_bits) * torch.exp2(exponents.float())
         else:
             amax = channels.abs().flatten(1).amax(1)
-        amax = amax.reshape(-1).clamp(min=_LEAST_AMAX)
+        amax = amax.reshape(-1).clamp(min=LEAST_AMAX)
         if self.pairs_axis is not None:
             rows = weight.movedim(self.pairs_axis, 0)
             amax = amax * pair_safe_factor(rows, amax, self.bound)

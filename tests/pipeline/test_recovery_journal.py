@@ -94,10 +94,7 @@ def test_it_is_versioned_json_with_the_statistics_beside_it(journal: Path) -> No
         ({"dynamic_shapes": "static"}, "is of other dynamic_shapes: None in the journal, now 'static'"),
         ({"example_inputs": torch.ones(2, 4)}, r"is of other example_inputs: None in the journal, now float32\[2, 4\]"),
         ({"deploy_target": "tensorrt"}, "is of another deploy_target: onnxruntime in the journal, now tensorrt"),
-        (
-            {"deploy_target": ALTERED},
-            r"now onnxruntime, custom \([0-9a-f]{16}\)",
-        ),
+        ({"deploy_target": ALTERED}, r"now onnxruntime, custom \([0-9a-f]{16}\)"),
     ],
 )
 def test_it_is_for_the_same_arguments(journal: Path, options: dict[str, Any], message: str) -> None:
